@@ -1,0 +1,90 @@
+"""The implementations of the selective scan, and which one runs.
+
+Every implementation is a pair of functions on the canonical form of `jax_sscan.canonical`:
+
+* ``forward(operands, options) -> (out, last_state, states)``
+* ``backward(residuals, out_cotangent, last_state_cotangent, options) -> Operands`` of cotangents
+"""
+
+import warnings
+from typing import NamedTuple
+
+import jax
+
+from jax_sscan.backends import native, xla
+
+NAMES = ("cuda", "cpu", "xla")
+_GPU_PLATFORMS = ("cuda", "rocm", "gpu")
+
+
+class Implementation(NamedTuple):
+    """What is known of one implementation on this machine.
+
+    Attributes:
+        available: whether it can run here.
+        platforms: the JAX platforms it runs on.
+        default_for: the platforms on which ``implementation=None`` takes it.
+        reason: why it is not available, and what to install; None where it is.
+    """
+
+    available: bool
+    platforms: tuple[str, ...]
+    default_for: tuple[str, ...]
+    reason: str | None
+
+
+def implementations() -> dict[str, Implementation]:
+    """Which implementations of the selective scan exist here.
+
+    Returns:
+        For each of "cuda", "cpu" and "xla", an `Implementation`: whether it is available, the platforms it serves, the
+        platforms it is the default for, and for a missing one the reason.
+    """
+    found = {}
+    native_platforms = []
+    for name in ("cuda", "cpu"):
+        reason = native.missing(name)
+        if reason is None:
+            native_platforms.append(name)
+        default_for = () if reason else (name,)
+        found[name] = Implementation(reason is None, (name,), default_for, reason)
+    everywhere = ("cpu", "cuda", "rocm", "tpu")
+    rest = tuple(platform for platform in everywhere if platform not in native_platforms)
+    found["xla"] = Implementation(True, everywhere, rest, None)
+    return found
+
+
+def check_implementation(implementation: str | None) -> None:
+    """Raises ``ValueError`` where ``implementation`` is unknown or cannot run here; warns of a fallback on a GPU."""
+    if implementation is None:
+        _warn_of_gpu_fallback()
+        return
+    if implementation not in NAMES:
+        names = ", ".join(repr(name) for name in NAMES)
+        raise ValueError(f"implementation must be None or one of {names}, got {implementation!r}")
+    reason = implementations()[implementation].reason
+    if reason is not None:
+        raise ValueError(
+            f"implementation={implementation!r} cannot run here: {reason}. "
+            f"jax_sscan.implementations() lists what can; None takes the best of them"
+        )
+
+
+_warned = False
+
+
+def _warn_of_gpu_fallback() -> None:
+    """A fallback on a GPU is never silent: the first one warns, once per process."""
+    global _warned
+    if _warned or jax.default_backend() not in _GPU_PLATFORMS:
+        return
+    reason = native.missing("cuda")
+    if reason is not None:
+        _warned = True
+        warnings.warn(
+            f"jax_sscan runs its pure-JAX implementation on this GPU: {reason}",
+            stacklevel=4,
+        )
+
+
+__all__ = ["NAMES", "Implementation", "check_implementation", "implementations", "xla"]

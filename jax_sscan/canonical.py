@@ -1,0 +1,222 @@
+"""The canonical form of a selective scan: what every backend takes, and the checks that lead to it.
+
+A backend sees one struct of arrays (`Operands`) and one struct of static flags (`Options`), whichever way the caller
+spelled the problem. In canonical form
+
+* u, delta, z and the output are (batch, dim, length) or (batch, length, dim), as ``options.layout`` says, each in its
+  own dtype;
+* A is (dim, dstate) in the compute dtype, or complex of that precision;
+* B and C are either fixed, (dim, dstate) with A's dtype, or varying with an explicit group axis:
+  (batch, groups, dstate, length) in layout "bdl", (batch, length, groups, dstate) in "bld";
+* D and delta_bias are (dim,) in the compute dtype, initial_state is (batch, dim, dstate) with A's dtype;
+* segment_ids are (batch, length) int32;
+* batch, dim, length and dstate are at least 1.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_sscan import checks
+
+Layout = Literal["bdl", "bld"]
+LAYOUTS: tuple[str, ...] = get_args(Layout)
+
+
+class Operands(NamedTuple):
+    """The arrays of one scan in canonical form; absent ones are None. Gradients use the same struct."""
+
+    u: Any
+    delta: Any
+    A: Any
+    B: Any
+    C: Any
+    D: Any = None
+    z: Any = None
+    delta_bias: Any = None
+    initial_state: Any = None
+    segment_ids: Any = None
+
+
+@dataclass(frozen=True)
+class Options:
+    """The static flags of one scan. ``chunk`` is the number of steps between two saved states."""
+
+    delta_softplus: bool
+    reverse: bool
+    layout: Layout
+    out_dtype: np.dtype
+    chunk: int
+
+
+class Sizes(NamedTuple):
+    """The sizes of one scan."""
+
+    batch: int
+    dim: int
+    length: int
+    dstate: int
+    groups: int
+
+
+class Residuals(NamedTuple):
+    """What the backward pass keeps: the operands and one state per chunk.
+
+    ``states[:, i]`` is the state with which chunk i is entered in processing order (from the right when reverse),
+    (batch, num_chunks, dstate, dim). Chunk i covers positions [i * chunk, (i + 1) * chunk).
+    """
+
+    operands: Operands
+    states: jax.Array
+
+
+def is_varying(matrix: jax.Array) -> bool:
+    """Whether canonical B or C changes along the sequence."""
+    return matrix.ndim == 4
+
+
+def sizes(operands: Operands, layout: Layout) -> Sizes:
+    """Reads the sizes off canonical operands."""
+    batch, *rest = operands.u.shape
+    length, dim = rest if layout == "bld" else rest[::-1]
+    groups = 1
+    for matrix in (operands.B, operands.C):
+        if is_varying(matrix):
+            groups = matrix.shape[2 if layout == "bld" else 1]
+    return Sizes(batch, dim, length, operands.A.shape[1], groups)
+
+
+def sequence_dims(layout: Layout) -> str:
+    """The axes of u in ``layout``, for messages."""
+    return "(batch, length, dim)" if layout == "bld" else "(batch, dim, length)"
+
+
+def _matrix(name: str, value: Any, A: jax.Array, batch: int, length: int, layout: Layout) -> jax.Array:
+    """Checks B or C and gives a varying one its group axis."""
+    array = checks.as_array(name, value)
+    dim, dstate = A.shape
+    is_complex = jnp.iscomplexobj(A)
+    same_kind = checks.COMPLEX if is_complex else checks.WIDE_REAL
+    if array.ndim == 2:
+        checks.check_dtype(name, array, same_kind, f"a fixed {name} has the kind of A ({A.dtype})")
+        checks.check_shape(name, array, "(dim, dstate)", (dim, dstate))
+        return array
+    if array.ndim not in (3, 4):
+        raise ValueError(
+            f"{name} must have 2 axes (dim, dstate), or 3 or 4 when it varies along the sequence; "
+            f"got {array.ndim} in shape {array.shape}"
+        )
+    interleaved = is_complex and layout == "bdl" and not jnp.iscomplexobj(array)
+    if interleaved:
+        checks.check_dtype(name, array, checks.REAL)
+    elif is_complex:
+        checks.check_dtype(name, array, checks.COMPLEX, f"A is {A.dtype}")
+    else:
+        checks.check_dtype(name, array, checks.REAL, f"A is {A.dtype}")
+    group_axis = 2 if layout == "bld" else 1
+    if array.ndim == 3:
+        expected, dims = (
+            ((batch, length, dstate), "(batch, length, dstate)")
+            if layout == "bld"
+            else ((batch, dstate, length), "(batch, dstate, length)")
+        )
+    else:
+        groups = checks.check_groups(name, array, group_axis, dim)
+        expected, dims = (
+            ((batch, length, groups, dstate), "(batch, length, groups, dstate)")
+            if layout == "bld"
+            else ((batch, groups, dstate, length), "(batch, groups, dstate, length)")
+        )
+    if interleaved:
+        expected = (*expected[:-1], 2 * length)
+        dims = dims.replace("length", "2 * length") + " (real and imaginary parts interleaved)"
+    checks.check_shape(name, array, dims, expected)
+    if interleaved:
+        wide = array.astype(checks.compute_dtype(A, array))
+        pairs = wide.reshape(*wide.shape[:-1], length, 2)
+        array = jax.lax.complex(pairs[..., 0], pairs[..., 1])
+    return jnp.expand_dims(array, group_axis) if array.ndim == 3 else array
+
+
+def canonicalize(
+    operands: Operands,
+    *,
+    delta_softplus: bool,
+    reverse: bool,
+    layout: Layout,
+    out_dtype: Any,
+    chunk: int,
+) -> tuple[Operands, Options]:
+    """Checks a scan as the caller wrote it and brings it into canonical form.
+
+    Weights, states and fixed B and C are widened to the compute dtype (never narrowed), which JAX differentiates by
+    itself; u, delta, z and varying real B and C keep the dtype they came in.
+
+    Raises:
+        ValueError: a shape, the layout or the number of groups is wrong.
+        TypeError: a dtype is wrong, or something is not an array.
+    """
+    checks.check_choice("layout", layout, LAYOUTS)
+    delta_softplus = checks.check_flag("delta_softplus", delta_softplus)
+    reverse = checks.check_flag("reverse", reverse)
+    dims = sequence_dims(layout)
+
+    u = checks.sequence("u", operands.u, dims)
+    batch, *rest = u.shape
+    length, dim = rest if layout == "bld" else rest[::-1]
+    if dim == 0:
+        raise ValueError(f"u must have at least one channel, got shape {u.shape} with dim = 0")
+    delta = checks.sequence("delta", operands.delta, dims, u.shape)
+    z = None if operands.z is None else checks.sequence("z", operands.z, dims, u.shape)
+    A = checks.transition(operands.A, dim)
+    B = _matrix("B", operands.B, A, batch, length, layout)
+    C = _matrix("C", operands.C, A, batch, length, layout)
+    group_axis = 2 if layout == "bld" else 1
+    if is_varying(B) and is_varying(C) and B.shape[group_axis] != C.shape[group_axis]:
+        raise ValueError(
+            f"B and C must have the same number of groups, got {B.shape[group_axis]} in B and "
+            f"{C.shape[group_axis]} in C"
+        )
+    D, delta_bias = operands.D, operands.delta_bias
+    state, segment_ids = operands.initial_state, operands.segment_ids
+    if D is not None:
+        D = checks.channel_vector("D", D, dim)
+    if delta_bias is not None:
+        delta_bias = checks.channel_vector("delta_bias", delta_bias, dim)
+    if state is not None:
+        state = checks.state("initial_state", state, batch, A)
+    if segment_ids is not None:
+        segment_ids = checks.segments(segment_ids, batch, length)
+
+    out_dtype = np.dtype(u.dtype if out_dtype is None else out_dtype)
+    if not any(out_dtype == dtype for dtype in checks.REAL):
+        raise TypeError(f"out_dtype must be float32, bfloat16, float16 or float64, got {out_dtype}")
+    if out_dtype == jnp.float64 and not jax.config.read("jax_enable_x64"):
+        raise TypeError("out_dtype is float64, which needs JAX's x64 mode")
+
+    real = checks.compute_dtype(u, delta, A, B, C, D, z, delta_bias, state)
+    weight = jnp.result_type(A.dtype, real)
+
+    def widen(array: jax.Array | None, dtype: Any) -> jax.Array | None:
+        return None if array is None else array.astype(dtype)
+
+    def widen_matrix(matrix: jax.Array) -> jax.Array:
+        keeps_dtype = is_varying(matrix) and not jnp.iscomplexobj(matrix)
+        return matrix if keeps_dtype else matrix.astype(weight)
+
+    canonical = Operands(
+        u=u,
+        delta=delta,
+        A=A.astype(weight),
+        B=widen_matrix(B),
+        C=widen_matrix(C),
+        D=widen(D, real),
+        z=z,
+        delta_bias=widen(delta_bias, real),
+        initial_state=widen(state, weight),
+        segment_ids=segment_ids,
+    )
+    return canonical, Options(delta_softplus, reverse, layout, out_dtype, chunk)

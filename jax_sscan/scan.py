@@ -1,0 +1,290 @@
+"""The selective scan: checks, canonical form, and the gradient wired to the kernels."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from jax_sscan import canonical, checks
+from jax_sscan.backends import check_implementation, xla
+from jax_sscan.canonical import Layout, Operands, Options, Residuals
+
+RESIDUAL_NAMES = ("selective_scan_out", "selective_scan_states")
+"""The `checkpoint_name` of what a scan computes for its backward pass and its successors.
+
+``jax.checkpoint(f, policy=jax.checkpoint_policies.save_only_these_names(*RESIDUAL_NAMES))`` rematerialises everything
+around a scan without running the scan a second time.
+"""
+
+
+class ScanForward(NamedTuple):
+    """Result of `selective_scan_forward`: the output, the last state and one saved state per chunk."""
+
+    out: jax.Array
+    last_state: jax.Array
+    states: jax.Array
+
+
+class ScanGradients(NamedTuple):
+    """Result of `selective_scan_backward`: one cotangent per floating operand, None for absent ones."""
+
+    u: jax.Array
+    delta: jax.Array
+    A: jax.Array
+    B: jax.Array
+    C: jax.Array
+    D: jax.Array | None
+    z: jax.Array | None
+    delta_bias: jax.Array | None
+    initial_state: jax.Array | None
+
+
+def selective_scan(
+    u: jax.Array,
+    delta: jax.Array,
+    A: jax.Array,
+    B: jax.Array,
+    C: jax.Array,
+    D: jax.Array | None = None,
+    z: jax.Array | None = None,
+    delta_bias: jax.Array | None = None,
+    delta_softplus: bool = False,
+    *,
+    initial_state: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    reverse: bool = False,
+    return_last_state: bool = False,
+    layout: Layout = "bdl",
+    out_dtype: Any = None,
+    implementation: str | None = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Mamba's selective scan (S6), algorithm 2 of arXiv 2312.00752.
+
+    Per batch, channel and state, in time order::
+
+        delta_t = softplus?(delta_t + delta_bias)
+        h_t     = exp(delta_t A) h_{t-1} + delta_t u_t B_t
+        y_t     = sum_n C_t h_t          (A real)    or    2 Re sum_n C_t h_t    (A complex)
+        out_t   = (y_t + D u_t) silu(z_t)
+
+    The state and every sum are float32 (float64 if any operand is float64), whatever the dtype of u. Gradients are
+    exact for every floating operand and through the last state, and are the same bits from run to run.
+
+    Args:
+        u: input, (batch, dim, length) in layout "bdl" or (batch, length, dim) in "bld"; float32, bfloat16, float16 or
+            float64. delta and z may have other dtypes of these than u.
+        delta: step sizes, shape of u.
+        A: (dim, dstate), float32 or float64; complex64 or complex128 for a complex state.
+        B: (dim, dstate) with the kind of A if fixed. If it varies along the sequence, (batch, dstate, length) or
+            (batch, groups, dstate, length) in "bdl", (batch, length, dstate) or (batch, length, groups, dstate) in
+            "bld", of any real dtype that u may have; channel d reads group d // (dim / groups). With a complex A it is
+            complex; "bdl" also takes the real array (..., 2 * length) of interleaved real and imaginary parts.
+        C: as B, fixed or varying independently of it.
+        D: skip connection, (dim,), float32 or float64.
+        z: gate, shape of u.
+        delta_bias: (dim,), float32 or float64, added to delta before softplus.
+        delta_softplus: whether delta goes through softplus(x) = log(1 + exp(x)), and x for x > 20.
+        initial_state: (batch, dim, dstate), float32 or float64, complex when A is; zeros if None.
+        segment_ids: (batch, length) int32: the state restarts from 0 where the id differs from the previous
+            position's (the next one's if reverse). The first position processed continues initial_state.
+        reverse: whether time runs from the last position to the first.
+        return_last_state: whether to return the state after the last position processed as well.
+        layout: "bdl" or "bld", the order of the axes of u, delta, z, B, C and the output.
+        out_dtype: dtype of the output; that of u if None.
+        implementation: None for the best one of the platform the computation is lowered for, or "cuda", "cpu"
+            (native) or "xla" (pure JAX, which also has forward mode and higher-order derivatives). See
+            `implementations`.
+
+    Returns:
+        The output, of u's shape, or ``(out, last_state)`` with last_state (batch, dim, dstate) in the state's dtype.
+
+    Raises:
+        ValueError: a shape, a name or the number of groups is wrong, or the implementation cannot run here.
+        TypeError: a dtype is wrong or something is not an array.
+    """
+    operands = Operands(u, delta, A, B, C, D, z, delta_bias, initial_state, segment_ids)
+    check_implementation(implementation)
+    operands, options = canonical.canonicalize(
+        operands,
+        delta_softplus=delta_softplus,
+        reverse=reverse,
+        layout=layout,
+        out_dtype=out_dtype,
+        chunk=xla.CHUNK,
+    )
+    if operands.u.size == 0:
+        out, last_state = _empty(operands, options)
+    else:
+        out, last_state = _run(operands, options, implementation)
+    return (out, last_state) if return_last_state else out
+
+
+def selective_scan_forward(
+    u: jax.Array,
+    delta: jax.Array,
+    A: jax.Array,
+    B: jax.Array,
+    C: jax.Array,
+    D: jax.Array | None = None,
+    z: jax.Array | None = None,
+    delta_bias: jax.Array | None = None,
+    delta_softplus: bool = False,
+    *,
+    initial_state: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    reverse: bool = False,
+    layout: Layout = "bdl",
+    out_dtype: Any = None,
+    implementation: str | None = None,
+) -> ScanForward:
+    """Runs the forward kernel alone, outside autodiff; arguments as in `selective_scan`.
+
+    Returns:
+        ``out``, ``last_state`` and ``states``, the saved states that `selective_scan_backward` takes.
+
+    Raises:
+        ValueError: as `selective_scan`; also if batch or length is 0.
+        TypeError: as `selective_scan`.
+    """
+    operands = Operands(u, delta, A, B, C, D, z, delta_bias, initial_state, segment_ids)
+    operands, options = _kernel_form(operands, delta_softplus, reverse, layout, out_dtype, implementation)
+    return ScanForward(*_jitted_forward(operands, options))
+
+
+def selective_scan_backward(
+    u: jax.Array,
+    delta: jax.Array,
+    A: jax.Array,
+    B: jax.Array,
+    C: jax.Array,
+    D: jax.Array | None = None,
+    z: jax.Array | None = None,
+    delta_bias: jax.Array | None = None,
+    delta_softplus: bool = False,
+    *,
+    states: jax.Array,
+    out_cotangent: jax.Array,
+    last_state_cotangent: jax.Array | None = None,
+    initial_state: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    reverse: bool = False,
+    layout: Layout = "bdl",
+    out_dtype: Any = None,
+    implementation: str | None = None,
+) -> ScanGradients:
+    """Runs the backward kernel alone, outside autodiff.
+
+    Args:
+        u: as in `selective_scan`, and so are all operands and options not described here.
+        delta: as u.
+        A: (dim, dstate).
+        B: fixed or varying.
+        C: fixed or varying.
+        D: (dim,).
+        z: as u.
+        delta_bias: (dim,).
+        delta_softplus: whether delta goes through softplus.
+        states: ``states`` of `selective_scan_forward` with the same arguments.
+        out_cotangent: cotangent of the output, with its shape and dtype.
+        last_state_cotangent: cotangent of the last state, with its shape and dtype; zeros if None.
+        initial_state: (batch, dim, dstate).
+        segment_ids: (batch, length).
+        reverse: whether time runs from the last position to the first.
+        layout: "bdl" or "bld".
+        out_dtype: dtype of the output.
+        implementation: whose kernel to run.
+
+    Returns:
+        The cotangents as `jax.vjp` defines them: of each operand's shape and dtype, complex ones not conjugated.
+
+    Raises:
+        ValueError: as `selective_scan_forward`, or a cotangent or ``states`` has a wrong shape.
+        TypeError: as `selective_scan_forward`, or a cotangent has a wrong dtype.
+    """
+    given = Operands(u, delta, A, B, C, D, z, delta_bias, initial_state)
+
+    def kernel_form(given: Operands) -> tuple[Operands, Options]:
+        operands = given._replace(segment_ids=segment_ids)
+        return _kernel_form(operands, delta_softplus, reverse, layout, out_dtype, implementation)
+
+    operands, options = kernel_form(given)
+    # Differentiating the way to canonical form takes the cotangents back to the caller's shapes and dtypes.
+    _, form_vjp = jax.vjp(lambda given: kernel_form(given)[0]._replace(segment_ids=None), given)
+    out, last_state, saved = jax.eval_shape(partial(xla.forward, options=options), operands)
+    if last_state_cotangent is None:
+        last_state_cotangent = jnp.zeros(last_state.shape, last_state.dtype)
+    for name, array, expected in (
+        ("out_cotangent", out_cotangent, out),
+        ("last_state_cotangent", last_state_cotangent, last_state),
+        ("states", states, saved),
+    ):
+        checks.check_like(name, array, expected)
+    cotangents = _jitted_backward(Residuals(operands, states), out_cotangent, last_state_cotangent, options)
+    (gradients,) = form_vjp(cotangents)
+    return ScanGradients(*gradients[:-1])
+
+
+def _kernel_form(
+    operands: Operands,
+    delta_softplus: bool,
+    reverse: bool,
+    layout: Layout,
+    out_dtype: Any,
+    implementation: str | None,
+) -> tuple[Operands, Options]:
+    check_implementation(implementation)
+    operands, options = canonical.canonicalize(
+        operands,
+        delta_softplus=delta_softplus,
+        reverse=reverse,
+        layout=layout,
+        out_dtype=out_dtype,
+        chunk=xla.CHUNK,
+    )
+    if operands.u.size == 0:
+        raise ValueError(
+            f"u must not be empty when a kernel is called directly, got shape {operands.u.shape}; "
+            "selective_scan takes empty sequences"
+        )
+    return operands, options
+
+
+def _empty(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]:
+    """The scan of no elements: nothing comes out, and the state is as it was."""
+    state = operands.initial_state
+    if state is None:
+        size = canonical.sizes(operands, options.layout)
+        state = jnp.zeros((size.batch, size.dim, size.dstate), operands.A.dtype)
+    return jnp.zeros(operands.u.shape, options.out_dtype), state
+
+
+# jitted, so that an eager call compiles once per shape and not once per call.
+@partial(jax.jit, static_argnames=("options", "implementation"))
+def _run(operands: Operands, options: Options, implementation: str | None) -> tuple[jax.Array, jax.Array]:
+    if implementation == "xla":
+        # Differentiated by JAX itself, so that forward mode and higher orders work.
+        return xla.forward(operands, options)[:2]
+    return _scan(operands, options)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _scan(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]:
+    return xla.forward(operands, options)[:2]
+
+
+def _scan_fwd(operands: Operands, options: Options) -> tuple[tuple[jax.Array, jax.Array], Residuals]:
+    out, last_state, states = xla.forward(operands, options)
+    out = checkpoint_name(out, RESIDUAL_NAMES[0])
+    states = checkpoint_name(states, RESIDUAL_NAMES[1])
+    return (out, last_state), Residuals(operands, states)
+
+
+def _scan_bwd(options: Options, residuals: Residuals, cotangents: tuple[jax.Array, jax.Array]) -> tuple[Operands]:
+    return (xla.backward(residuals, *cotangents, options),)
+
+
+_scan.defvjp(_scan_fwd, _scan_bwd)
+_jitted_forward = jax.jit(xla.forward, static_argnames="options")
+_jitted_backward = jax.jit(xla.backward, static_argnames="options")

@@ -1,0 +1,398 @@
+"""The scan under JAX's transformations, for every implementation where they apply.
+
+Forward-mode and second-order ones are promised for implementation="xla" only: native kernels come
+with a hand-written reverse pass.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from cases import EVERYTHING, F64, MAMBA, Case, make_inputs
+from checks import check, cotangents, keywords_of, options_of, split, x64
+
+import jax_sscan
+
+CASE = Case("base", length=21, dim=4, dstate=3, **EVERYTHING)
+COMPLEX = Case("complex", length=9, is_complex=True, **EVERYTHING)
+DOUBLE = Case(
+    "double", batch=1, dim=2, dstate=2, length=4, x64=True, u_dtype=F64, delta_dtype=F64,
+    z_dtype=F64, B_dtype=F64, C_dtype=F64, **EVERYTHING,
+)  # fmt: skip
+
+
+def scan_of(case: Case, rest: Any, implementation: str | None) -> Any:
+    """dict of differentiable inputs -> (out, last_state)."""
+
+    def scan(arrays: Any) -> Any:
+        return jax_sscan.selective_scan(
+            **arrays, **rest, **keywords_of(case), return_last_state=True,
+            implementation=implementation,
+        )  # fmt: skip
+
+    return scan
+
+
+def loss_of(case: Case, rest: Any, implementation: str | None, out_ct: Any, last_ct: Any) -> Any:
+    """A real loss whose gradient is the vjp at the two cotangents."""
+    scan = scan_of(case, rest, implementation)
+
+    def loss(arrays: Any) -> Any:
+        out, last = scan(arrays)
+        return jnp.sum(out * out_ct) + jnp.sum(last * last_ct).real
+
+    return loss
+
+
+def set_up(case: Case) -> tuple[Any, Any, Any, Any, dict[str, oracle.Bounded]]:
+    inputs = make_inputs(case)
+    out, last = oracle.selective_scan(inputs, options_of(case))
+    state_dtype = inputs["A"].dtype
+    out_ct, last_ct = cotangents(
+        case,
+        jax.ShapeDtypeStruct(out.shape, inputs["u"].dtype),
+        jax.ShapeDtypeStruct(last.shape, state_dtype),
+    )
+    expected = oracle.selective_scan_gradients(inputs, options_of(case), out_ct, last_ct)
+    return inputs, out_ct, last_ct, out, expected
+
+
+@pytest.mark.parametrize("case", [CASE, COMPLEX], ids=str)
+@pytest.mark.parametrize("jitted", [False, True])
+def test_grad_and_value_and_grad(case: Case, jitted: bool, implementation: str | None) -> None:
+    """With and without jit around it: the gradient is the oracle's and the value the loss's."""
+    inputs, out_ct, last_ct, _, expected = set_up(case)
+    arrays, rest = split(inputs)
+    loss = loss_of(case, rest, implementation, out_ct, last_ct)
+    transform = jax.value_and_grad(loss)
+    value, gradients = (jax.jit(transform) if jitted else transform)(arrays)
+    np.testing.assert_allclose(value, loss(arrays), rtol=1e-4, atol=1e-4)
+    for name, wanted in expected.items():
+        check(gradients[name], wanted, f"gradient of {name}")
+
+
+@pytest.mark.parametrize("names", [("A",), ("z",), ("B", "C"), ("initial_state",)], ids=str)
+def test_grad_with_respect_to_some_arguments(names: tuple[str, ...], implementation: str | None) -> None:
+    """Most inputs constant: symbolic zeros and unused cotangents must not upset the rest."""
+    inputs, out_ct, last_ct, _, expected = set_up(CASE)
+    arrays, rest = split(inputs)
+    loss = loss_of(CASE, rest, implementation, out_ct, last_ct)
+    some = {name: arrays.pop(name) for name in names}
+    gradients = jax.jit(jax.grad(lambda some: loss({**arrays, **some})))(some)
+    for name in names:
+        check(gradients[name], expected[name], f"gradient of {name}")
+
+
+def test_out_or_state_alone(implementation: str | None) -> None:
+    """A loss of only one result: the other's cotangent is a symbolic zero."""
+    inputs, out_ct, last_ct, _, _ = set_up(CASE)
+    arrays, rest = split(inputs)
+    scan = scan_of(CASE, rest, implementation)
+    zeros = np.zeros_like(out_ct), np.zeros_like(last_ct)
+    for index, cts in ((0, (out_ct, zeros[1])), (1, (zeros[0], last_ct))):
+        ct = cts[index]
+        gradients = jax.jit(jax.grad(lambda a, i=index, ct=ct: jnp.sum(scan(a)[i] * ct)))(arrays)
+        expected = oracle.selective_scan_gradients(inputs, options_of(CASE), *cts)
+        for name, wanted in expected.items():
+            check(gradients[name], wanted, f"gradient of {name} through result {index}")
+
+
+@pytest.mark.parametrize("case", [CASE, COMPLEX], ids=str)
+def test_jvp_and_linearize(case: Case) -> None:
+    """Tangents out paired with the cotangents equal tangents in paired with the gradients."""
+    inputs, out_ct, last_ct, out, expected = set_up(case)
+    arrays, rest = split(inputs)
+    scan = scan_of(case, rest, "xla")
+    rng = np.random.default_rng(5)
+    for name, array in arrays.items():
+        v = rng.standard_normal(array.shape)
+        if jnp.iscomplexobj(array):
+            v = v + 1j * rng.standard_normal(array.shape)
+        tangents = {k: jnp.zeros_like(x) for k, x in arrays.items()}
+        tangents[name] = jnp.asarray(v.astype(array.dtype))
+        if name in ("u", "A", "z"):  # linearize and jvp share their rules; each is seen to work
+            primal, push = jax.linearize(scan, arrays)
+            tangent = push(tangents)
+        else:
+            primal, tangent = jax.jvp(scan, (arrays,), (tangents,))
+        check(primal[0], out, "primal")
+        got = np.sum(oracle.wide(tangent[0]) * out_ct)
+        got += np.sum(oracle.wide(tangent[1]) * last_ct).real
+        v = oracle.wide(tangents[name])
+        wanted = np.sum(expected[name].value * v).real
+        scale = np.sum(expected[name].error * np.abs(v))
+        assert abs(got - wanted) <= 1e-6 * scale + 1e-6, name
+
+
+def double_case() -> tuple[Any, Any]:
+    """The tiny float64 case as (loss over a dict, dict); to be used in x64 mode."""
+    arrays, rest = split(make_inputs(DOUBLE))
+    scan = scan_of(DOUBLE, rest, "xla")
+
+    def loss(arrays: Any) -> Any:
+        out, last = scan(arrays)
+        return jnp.sum(jnp.sin(out)) + jnp.sum(last**3)
+
+    return loss, arrays
+
+
+def test_jacfwd_equals_jacrev() -> None:
+    """Forward and reverse mode are two derivations of one Jacobian."""
+    with x64():
+        arrays, rest = split(make_inputs(DOUBLE))
+        scan = scan_of(DOUBLE, rest, "xla")
+        forward, reverse = jax.jit(jax.jacfwd(scan))(arrays), jax.jit(jax.jacrev(scan))(arrays)
+        jax.tree.map(lambda f, r: np.testing.assert_allclose(f, r, rtol=1e-9, atol=1e-11), forward, reverse)
+        assert all(np.abs(np.asarray(forward[0][name])).max() > 0 for name in arrays)
+
+
+def test_hessian_matches_finite_differences_of_the_gradient() -> None:
+    with x64():
+        loss, arrays = double_case()
+        names = ("A", "delta", "u", "initial_state")
+        some = {name: arrays.pop(name) for name in names}
+
+        def of_some(some: Any) -> Any:
+            return loss({**arrays, **some})
+
+        hessian = jax.jit(jax.hessian(of_some))(some)
+        gradient = jax.jit(jax.grad(of_some))
+        rng = np.random.default_rng(2)
+        for column in names:
+            v = jnp.asarray(rng.standard_normal(some[column].shape))
+            plus, minus = (gradient({**some, column: some[column] + sign * 1e-5 * v}) for sign in (1, -1))
+            for row in names:
+                numeric = (plus[row] - minus[row]) / 2e-5
+                exact = jnp.tensordot(hessian[row][column], v, v.ndim)
+                np.testing.assert_allclose(exact, numeric, rtol=1e-6, atol=1e-6, err_msg=f"{row}, {column}")
+
+
+ARGUMENTS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state", "segment_ids")
+TOGETHER = [
+    ARGUMENTS,
+    ("u", "delta", "z"),
+    ("A", "D", "delta_bias"),
+    ("B", "initial_state"),
+    ("C", "segment_ids"),
+]
+
+
+@functools.cache
+def value_and_vjp(case: Case, implementation: str | None) -> Any:
+    """Inputs, cotangents -> results and gradients of the floating inputs; not jitted."""
+
+    def everything(inputs: Any, cts: Any) -> Any:
+        arrays = dict(inputs)
+        rest = {"segment_ids": arrays.pop("segment_ids")}
+        results, vjp = jax.vjp(scan_of(case, rest, implementation), arrays)
+        return results, vjp(cts)[0]
+
+    return everything
+
+
+@functools.cache
+def looped(case: Case, implementation: str | None) -> Any:
+    return jax.jit(value_and_vjp(case, implementation))
+
+
+def check_vmap(case: Case, in_axes: dict[str, int | None], implementation: str | None) -> None:
+    """vmap of values and gradients against a Python loop over the mapped axis."""
+    size = 3
+    lanes = [make_inputs(case, seed) for seed in range(size)]
+    inputs = {
+        name: jnp.asarray(lanes[0][name])
+        if axis is None
+        else jnp.stack([jnp.asarray(lane[name]) for lane in lanes], axis)
+        for name, axis in in_axes.items()
+    }
+    out, last = oracle.selective_scan(lanes[0], options_of(case))
+    rng = np.random.default_rng(3)
+    cts = tuple(jnp.asarray(rng.standard_normal((size, *r.shape)), jnp.float32) for r in (out, last))
+    if case.is_complex:
+        cts = (cts[0], cts[1].astype(jnp.complex64))
+    function = value_and_vjp(case, implementation)
+    got = jax.jit(jax.vmap(function, in_axes=(in_axes, 0)))(inputs, cts)
+    for i in range(size):
+        one = {name: lanes[i if in_axes[name] is not None else 0][name] for name in in_axes}
+        expected = looped(case, implementation)(one, tuple(ct[i] for ct in cts))
+        jax.tree.map(
+            lambda g, e, i=i: np.testing.assert_allclose(
+                g[i], e, rtol=2e-5, atol=2e-6 * (1 + float(np.abs(np.asarray(e)).max()))
+            ),
+            got,
+            expected,
+        )
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_vmap_over_one_argument(name: str, implementation: str | None) -> None:
+    """Mapped over the last axis, so that an assumption of axis 0 shows."""
+    case = CASE
+    ndim = make_inputs(case)[name].ndim
+    axes = {n: ndim if n == name else None for n in ARGUMENTS}
+    check_vmap(case, axes, implementation)
+
+
+@pytest.mark.parametrize("names", TOGETHER, ids="+".join)
+def test_vmap_over_several_arguments(names: tuple[str, ...], implementation: str | None) -> None:
+    """Each at another axis: 0, 1, 0, 1, ..."""
+    axes: dict[str, int | None] = dict.fromkeys(ARGUMENTS)
+    axes.update({name: i % 2 for i, name in enumerate(names)})
+    check_vmap(CASE, axes, implementation)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("fixed", B="fixed", C="fixed", length=11, layout="bld", **EVERYTHING),
+        Case("groups", B="4d", C="4d", groups=2, dim=4, length=11, reverse=True, **EVERYTHING),
+        Case("complex", is_complex=True, length=11, **EVERYTHING),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("names", [("A", "B"), ("u", "B", "C", "initial_state")], ids="+".join)
+def test_vmap_over_other_kinds(case: Case, names: tuple[str, ...], implementation: str | None) -> None:
+    """Mapping a fixed B means a B per lane, mapping A a whole scan per lane."""
+    axes: dict[str, int | None] = dict.fromkeys(ARGUMENTS)
+    axes.update(dict.fromkeys(names, 1))
+    check_vmap(case, axes, implementation)
+
+
+def test_nested_vmap(implementation: str | None) -> None:
+    case = Case("nested", length=6, **MAMBA)
+    inputs = {k: jnp.asarray(x) for k, x in make_inputs(case).items()}
+    u = inputs.pop("u") * jnp.array([1.0, -0.5])[:, None, None, None]
+    delta = inputs.pop("delta") - jnp.array([0.0, 0.1, 0.3])[:, None, None, None]
+
+    def f(u: Any, delta: Any) -> Any:
+        return jax_sscan.selective_scan(u, delta, **inputs, delta_softplus=True, implementation=implementation)
+
+    got = jax.vmap(lambda u: jax.vmap(lambda d: f(u, d))(delta))(u)
+    for i in range(2):
+        for j in range(3):
+            np.testing.assert_allclose(got[i, j], f(u[i], delta[j]), rtol=1e-5, atol=1e-5)
+
+
+def test_gradient_of_a_vmap(implementation: str | None) -> None:
+    """Weights shared by the lanes: their gradient is the sum of the lanes' own."""
+    inputs, out_ct, last_ct, _, expected = set_up(CASE)
+    arrays, rest = split(inputs)
+    loss = loss_of(CASE, rest, implementation, out_ct, last_ct)
+    u = jnp.stack([arrays.pop("u")] * 2)
+
+    def total(A: Any, u: Any) -> Any:
+        return jnp.sum(jax.vmap(lambda u: loss({**arrays, "A": A, "u": u}))(u))
+
+    grad_A, grad_u = jax.jit(jax.grad(total, (0, 1)))(arrays["A"], u)
+    check(grad_A / 2, expected["A"], "gradient of A")
+    check(grad_u[1], expected["u"], "gradient of u")
+
+
+def test_lax_scan_over_chunks(implementation: str | None) -> None:
+    """The op inside a scan's body, the state as the carry: equals one call, gradients included."""
+    case = Case("chunks", length=24, D=True, z=True, softplus=True, initial_state=True)
+    inputs, out_ct, last_ct, out, expected = set_up(case)
+    arrays, _ = split(inputs)
+    sequences = ("u", "delta", "B", "C", "z")
+
+    def chunked(arrays: Any) -> Any:
+        def cut(x: Any) -> Any:
+            return jnp.moveaxis(x.reshape(*x.shape[:-1], 4, 6), -2, 0)
+
+        def body(state: Any, chunk: Any) -> Any:
+            y, state = jax_sscan.selective_scan(
+                **chunk, A=arrays["A"], D=arrays["D"], delta_softplus=True, initial_state=state,
+                return_last_state=True, implementation=implementation,
+            )  # fmt: skip
+            return state, y
+
+        chunks = {name: cut(arrays[name]) for name in sequences}
+        last, y = jax.lax.scan(body, arrays["initial_state"], chunks)
+        return jnp.moveaxis(y, 0, -2).reshape(out_ct.shape), last
+
+    @jax.jit
+    def everything(arrays: Any) -> Any:
+        results, vjp = jax.vjp(chunked, arrays)
+        return results, vjp((out_ct, last_ct))[0]
+
+    (got, _), gradients = everything(arrays)
+    check(got, out, "out")
+    for name, wanted in expected.items():
+        check(gradients[name], wanted, f"gradient of {name}")
+
+
+def heavy_operations(function: Any, *args: Any) -> int:
+    """How many loops and custom calls the compiled program runs."""
+    text = str(jax.jit(function).lower(*args).compile().as_text())
+    return len(re.findall(r"\s(?:while|custom-call)\(", text))
+
+
+def test_checkpoint(implementation: str | None) -> None:
+    """Rematerialisation gives the same gradients; saving RESIDUAL_NAMES spares the second forward
+    pass, which a policy that saves nothing pays for."""
+    case = Case("remat", length=150, dstate=4, **EVERYTHING)
+    inputs, out_ct, last_ct, _, expected = set_up(case)
+    arrays, rest = split(inputs)
+    loss = loss_of(case, rest, implementation, out_ct, last_ct)
+    named = jax.checkpoint_policies.save_only_these_names(*jax_sscan.RESIDUAL_NAMES)
+    plain = jax.grad(loss)
+    remat = jax.grad(jax.checkpoint(loss))
+    policed = jax.grad(jax.checkpoint(loss, policy=named))
+    for function in (remat, policed):
+        gradients = jax.jit(function)(arrays)
+        for name, wanted in expected.items():
+            check(gradients[name], wanted, f"gradient of {name}")
+    counts = [heavy_operations(f, arrays) for f in (plain, remat, policed)]
+    assert counts[1] > counts[0], f"nothing was rematerialised, so nothing is shown: {counts}"
+    assert counts[2] == counts[0], f"the policy did not spare the second forward: {counts}"
+
+
+@pytest.mark.parametrize("layout", ["bdl", "bld"])
+def test_eval_shape(layout: str, implementation: str | None) -> None:
+    """Shapes and dtypes without data; also at sizes that no machine could hold."""
+    big = {"bdl": (64, 8192, 1 << 20), "bld": (64, 1 << 20, 8192)}[layout]
+    projection = {"bdl": (64, 16, 1 << 20), "bld": (64, 1 << 20, 16)}[layout]
+    u = jax.ShapeDtypeStruct(big, jnp.bfloat16)
+    A = jax.ShapeDtypeStruct((8192, 16), jnp.float32)
+    B = jax.ShapeDtypeStruct(projection, jnp.bfloat16)
+
+    def f(u: Any, A: Any, B: Any) -> Any:
+        return jax_sscan.selective_scan(
+            u, u, A, B, B, layout=layout, return_last_state=True, implementation=implementation
+        )
+
+    out, last = jax.eval_shape(f, u, A, B)
+    assert (out.shape, out.dtype) == (big, jnp.bfloat16)
+    assert (last.shape, last.dtype) == ((64, 8192, 16), jnp.float32)
+
+    def loss(u: Any, A: Any, B: Any) -> Any:
+        return jnp.sum(f(u, A, B)[0].astype(jnp.float32))
+
+    for gradient, like in zip(jax.eval_shape(jax.grad(loss, (0, 1, 2)), u, A, B), (u, A, B), strict=True):
+        assert (gradient.shape, gradient.dtype) == (like.shape, like.dtype)
+
+
+@pytest.mark.parametrize("layout", ["bdl", "bld"])
+@pytest.mark.parametrize("what", ["forward", "gradient"])
+def test_peak_memory(what: str, layout: str, implementation: str | None) -> None:
+    """The states (batch, dim, length, dstate) are never all in memory at once: the reason to have
+    this package at all."""
+    case = Case("memory", batch=1, dim=32, length=4096, dstate=64, layout=layout, **MAMBA)
+    arrays, _ = split(make_inputs(case))
+    scan = scan_of(case, {}, implementation)
+
+    def loss(arrays: Any) -> Any:
+        return jnp.sum(scan(arrays)[0])
+
+    function = scan if what == "forward" else jax.grad(loss)
+    analysis = jax.jit(function).lower(arrays).compile().memory_analysis()
+    assert analysis is not None
+    states = case.batch * case.dim * case.length * case.dstate * 4
+    assert analysis.temp_size_in_bytes < states // 4, f"{analysis.temp_size_in_bytes / states:.2f} of the states' size"
