@@ -19,7 +19,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-if sys.version_info < (3, 11):  # noqa: UP036: pip cannot check this for a script
+if sys.version_info < (3, 11):  # noqa: UP036 (nothing has checked requires-python yet)
     sys.exit(f"build.py needs Python 3.11 or newer; this is {sys.version.split()[0]} ({sys.executable})")
 
 import tomllib

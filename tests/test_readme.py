@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -18,6 +19,10 @@ def test_readme_code_runs_and_means_what_it_says() -> None:
         *(names[n] for n in ("u", "delta", "A", "B", "C")), delta_softplus=True, layout="bld"
     )
     in_parts = jnp.concatenate([names["first"], names["rest"]], axis=1)
-    np.testing.assert_allclose(in_parts, whole, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(names["outs"][0], names["out"], rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(names["out_z"].swapaxes(1, 2), names["out"], rtol=1e-5, atol=1e-5)
+
+    def agree(got: jax.Array, expected: jax.Array) -> None:
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6 * float(jnp.abs(expected).max()))
+
+    agree(in_parts, whole)
+    # The first of the three layers has the weights of the gated torch call below it.
+    agree(names["outs"][0], names["out_z"].swapaxes(1, 2))
