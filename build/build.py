@@ -31,9 +31,12 @@ BUILD_REQUIRES = PYPROJECT["build-system"]["requires"]
 FLOOR = next(r.split("==")[1] for r in BUILD_REQUIRES if r.startswith("jaxlib=="))
 
 
-def run(*command: str | Path | int, check: bool = True, cwd: Path | None = ROOT, **env: str) -> int:
+def run(
+    *command: str | Path | int, check: bool = True, cwd: Path | None = ROOT, env: dict[str, str] | None = None
+) -> int:
     """Print and run a command; if it fails, leave with its exit code (its output says why)."""
     words = [str(part) for part in command]
+    env = env or {}
     print("+", *[f"{k}={shlex.quote(v)}" for k, v in env.items()], shlex.join(words), flush=True)
     try:
         code = subprocess.run(words, cwd=cwd, env=os.environ | env).returncode
@@ -156,11 +159,18 @@ def test(args, rest):
     cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):  # fewer in a container, say; not on macOS
         cores = len(os.sched_getaffinity(0))
-    settings = {}
+    # Most of the time goes into XLA compiling small programs: share them between workers and runs.
+    # (JAX locks the cache only if it has a maximal size.)
+    settings = {
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / "build/jax-cache"),
+        "JAX_COMPILATION_CACHE_MAX_SIZE": str(2**30),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     if cuda_extra():  # the workers share the GPU, and each would otherwise take most of its memory
         cores = min(cores, 4)
         settings["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-    run(env.python, "-m", "pytest", "-n", cores, *rest, **settings)
+    settings = {name: value for name, value in settings.items() if name not in os.environ}
+    run(env.python, "-m", "pytest", "-n", cores, *rest, env=settings)
 
 
 def lint(args, rest):

@@ -13,6 +13,7 @@ spelled the problem. In canonical form
 * batch, dim, length and dstate are at least 1.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -148,12 +149,13 @@ def canonicalize(
     reverse: bool,
     layout: Layout,
     out_dtype: Any,
-    chunk: int,
+    chunk_length: Callable[[Sizes], int],
 ) -> tuple[Operands, Options]:
     """Checks a scan as the caller wrote it and brings it into canonical form.
 
     Weights, states and fixed B and C are widened to the compute dtype (never narrowed), which JAX differentiates by
-    itself; u, delta, z and varying real B and C keep the dtype they came in.
+    itself; u, delta, z and varying real B and C keep the dtype they came in. ``chunk_length`` says for the sizes found
+    how many steps lie between two saved states.
 
     Raises:
         ValueError: a shape, the layout or the number of groups is wrong.
@@ -219,4 +221,5 @@ def canonicalize(
         initial_state=widen(state, weight),
         segment_ids=segment_ids,
     )
+    chunk = chunk_length(sizes(canonical, layout))
     return canonical, Options(delta_softplus, reverse, layout, out_dtype, chunk)

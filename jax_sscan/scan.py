@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jax_sscan import canonical, checks
-from jax_sscan.backends import check_implementation, xla
+from jax_sscan import backends, canonical, checks
 from jax_sscan.canonical import Layout, Operands, Options, Residuals
 
 RESIDUAL_NAMES = ("selective_scan_out", "selective_scan_states")
@@ -105,14 +104,14 @@ def selective_scan(
         TypeError: a dtype is wrong or something is not an array.
     """
     operands = Operands(u, delta, A, B, C, D, z, delta_bias, initial_state, segment_ids)
-    check_implementation(implementation)
+    backends.check_implementation(implementation)
     operands, options = canonical.canonicalize(
         operands,
         delta_softplus=delta_softplus,
         reverse=reverse,
         layout=layout,
         out_dtype=out_dtype,
-        chunk=xla.CHUNK,
+        chunk_length=partial(backends.chunk_length, implementation),
     )
     if operands.u.size == 0:
         out, last_state = _empty(operands, options)
@@ -150,7 +149,7 @@ def selective_scan_forward(
     """
     operands = Operands(u, delta, A, B, C, D, z, delta_bias, initial_state, segment_ids)
     operands, options = _kernel_form(operands, delta_softplus, reverse, layout, out_dtype, implementation)
-    return ScanForward(*_jitted_forward(operands, options))
+    return ScanForward(*_jitted_forward(operands, options, implementation))
 
 
 def selective_scan_backward(
@@ -212,7 +211,7 @@ def selective_scan_backward(
     operands, options = kernel_form(given)
     # Differentiating the way to canonical form takes the cotangents back to the caller's shapes and dtypes.
     _, form_vjp = jax.vjp(lambda given: kernel_form(given)[0]._replace(segment_ids=None), given)
-    out, last_state, saved = jax.eval_shape(partial(xla.forward, options=options), operands)
+    out, last_state, saved = jax.eval_shape(partial(backends.xla.forward, options=options), operands)
     if last_state_cotangent is None:
         last_state_cotangent = jnp.zeros(last_state.shape, last_state.dtype)
     for name, array, expected in (
@@ -221,7 +220,9 @@ def selective_scan_backward(
         ("states", states, saved),
     ):
         checks.check_like(name, array, expected)
-    cotangents = _jitted_backward(Residuals(operands, states), out_cotangent, last_state_cotangent, options)
+    cotangents = _jitted_backward(
+        Residuals(operands, states), out_cotangent, last_state_cotangent, options, implementation
+    )
     (gradients,) = form_vjp(cotangents)
     return ScanGradients(*gradients[:-1])
 
@@ -234,14 +235,14 @@ def _kernel_form(
     out_dtype: Any,
     implementation: str | None,
 ) -> tuple[Operands, Options]:
-    check_implementation(implementation)
+    backends.check_implementation(implementation)
     operands, options = canonical.canonicalize(
         operands,
         delta_softplus=delta_softplus,
         reverse=reverse,
         layout=layout,
         out_dtype=out_dtype,
-        chunk=xla.CHUNK,
+        chunk_length=partial(backends.chunk_length, implementation),
     )
     if operands.u.size == 0:
         raise ValueError(
@@ -265,26 +266,33 @@ def _empty(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]:
 def _run(operands: Operands, options: Options, implementation: str | None) -> tuple[jax.Array, jax.Array]:
     if implementation == "xla":
         # Differentiated by JAX itself, so that forward mode and higher orders work.
-        return xla.forward(operands, options)[:2]
-    return _scan(operands, options)
+        return backends.xla.forward(operands, options)[:2]
+    return _scan(operands, options, implementation)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _scan(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]:
-    return xla.forward(operands, options)[:2]
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _scan(operands: Operands, options: Options, implementation: str | None) -> tuple[jax.Array, jax.Array]:
+    return backends.forward(operands, options, implementation)[:2]
 
 
-def _scan_fwd(operands: Operands, options: Options) -> tuple[tuple[jax.Array, jax.Array], Residuals]:
-    out, last_state, states = xla.forward(operands, options)
+def _scan_fwd(
+    operands: Operands, options: Options, implementation: str | None
+) -> tuple[tuple[jax.Array, jax.Array], Residuals]:
+    out, last_state, states = backends.forward(operands, options, implementation)
     out = checkpoint_name(out, RESIDUAL_NAMES[0])
     states = checkpoint_name(states, RESIDUAL_NAMES[1])
     return (out, last_state), Residuals(operands, states)
 
 
-def _scan_bwd(options: Options, residuals: Residuals, cotangents: tuple[jax.Array, jax.Array]) -> tuple[Operands]:
-    return (xla.backward(residuals, *cotangents, options),)
+def _scan_bwd(
+    options: Options,
+    implementation: str | None,
+    residuals: Residuals,
+    cotangents: tuple[jax.Array, jax.Array],
+) -> tuple[Operands]:
+    return (backends.backward(residuals, *cotangents, options, implementation),)
 
 
 _scan.defvjp(_scan_fwd, _scan_bwd)
-_jitted_forward = jax.jit(xla.forward, static_argnames="options")
-_jitted_backward = jax.jit(xla.backward, static_argnames="options")
+_jitted_forward = jax.jit(backends.forward, static_argnames=("options", "implementation"))
+_jitted_backward = jax.jit(backends.backward, static_argnames=("options", "implementation"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -36,6 +36,16 @@ def x64(enabled: bool = True) -> Iterator[None]:
 
         with enable_x64(enabled):
             yield
+
+
+def jit(function: Callable[..., Any], optimize: bool = False) -> Callable[..., Any]:
+    """jax.jit; on a CPU without LLVM's optimisation, which would be nine tenths of a test's time.
+
+    XLA's own passes run as ever. Tests that need what users run (`optimize`, and every call that
+    is not jitted here) still get LLVM's too.
+    """
+    quick = jax.default_backend() == "cpu" and not optimize
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0} if quick else None)
 
 
 def excess(actual: Any, expected: Bounded, compute: Any, k: float = K) -> float:
@@ -104,11 +114,15 @@ def split(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def run(
-    case: Case, inputs: Mapping[str, Any], out_ct: Any, last_ct: Any, implementation: str | None
+    case: Case,
+    inputs: Mapping[str, Any],
+    out_ct: Any,
+    last_ct: Any,
+    implementation: str | None,
+    optimize: bool = False,
 ) -> tuple[Any, Any, dict[str, Any]]:
     """Out, last_state and every gradient, with one compilation."""
 
-    @jax.jit
     def everything(arrays: Any, rest: Any, out_ct: Any, last_ct: Any) -> Any:
         def scan(arrays: Any) -> Any:
             return jax_sscan.selective_scan(
@@ -122,10 +136,10 @@ def run(
         (out, last_state), vjp = jax.vjp(scan, arrays)
         return out, last_state, vjp((out_ct, last_ct))[0]
 
-    return everything(*split(inputs), jnp.asarray(out_ct), jnp.asarray(last_ct))
+    return jit(everything, optimize)(*split(inputs), jnp.asarray(out_ct), jnp.asarray(last_ct))
 
 
-def check_case(case: Case, implementation: str | None, seed: int = 0) -> None:
+def check_case(case: Case, implementation: str | None, seed: int = 0, optimize: bool = False) -> None:
     """Values, dtypes and all gradients of one case against the oracle."""
     inputs = make_inputs(case, seed)
     compute = np.dtype(np.float64 if case.x64 else np.float32)
@@ -139,7 +153,7 @@ def check_case(case: Case, implementation: str | None, seed: int = 0) -> None:
     )
     expected = selective_scan_gradients(inputs, options_of(case), out_ct, last_ct)
     with x64(case.x64):
-        got_out, got_last, gradients = run(case, inputs, out_ct, last_ct, implementation)
+        got_out, got_last, gradients = run(case, inputs, out_ct, last_ct, implementation, optimize)
 
     assert got_out.dtype == out_dtype, f"out is {got_out.dtype}, expected {out_dtype}"
     assert got_last.dtype == state_dtype, f"last_state is {got_last.dtype}"

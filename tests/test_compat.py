@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import BF16, EVERYTHING, MAMBA, Case, make_inputs
-from checks import check, keywords_of, options_of, split
+from checks import check, jit, keywords_of, options_of, split
 from oracle import selective_scan, selective_scan_gradients, ungated_scan
 
 import jax_sscan
@@ -55,7 +55,7 @@ def test_selective_scan_fn_differentiates_through_both_results() -> None:
     rng = np.random.default_rng(0)
     ct, ct_z = (rng.standard_normal(inputs["u"].shape).astype(np.float32) for _ in range(2))
 
-    @jax.jit
+    @jit
     def gradients(arrays: Any) -> Any:
         _, vjp = jax.vjp(lambda a: jax_sscan.selective_scan_fn(**a, delta_softplus=True), arrays)
         return vjp((ct, ct_z))[0]
@@ -97,12 +97,12 @@ def test_forward_and_backward_equal_the_vjp(case: Case, implementation: str | No
     def scan(arrays: Any) -> Any:
         return jax_sscan.selective_scan(**arrays, **keywords, return_last_state=True)
 
-    @jax.jit
+    @jit
     def through_autodiff(arrays: Any, out_ct: Any, last_ct: Any) -> Any:
         results, vjp = jax.vjp(scan, arrays)
         return results, vjp((out_ct, last_ct))[0]
 
-    forward = jax.jit(lambda arrays: tuple(jax_sscan.selective_scan_forward(**arrays, **keywords)))
+    forward = jit(lambda arrays: tuple(jax_sscan.selective_scan_forward(**arrays, **keywords)))
     out, last, states = forward(arrays)
     rng = np.random.default_rng(0)
     out_ct = jnp.asarray(rng.standard_normal(out.shape)).astype(out.dtype)
@@ -123,7 +123,7 @@ def test_forward_and_backward_equal_the_vjp(case: Case, implementation: str | No
     same(out, expected_out, "out")
     same(last, expected_last, "last_state")
 
-    backward = jax.jit(
+    backward = jit(
         lambda arrays, states, out_ct, last_ct: jax_sscan.selective_scan_backward(
             **arrays, **keywords, states=states, out_cotangent=out_ct, last_state_cotangent=last_ct
         )

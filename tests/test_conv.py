@@ -10,7 +10,7 @@ import numpy as np
 import oracle
 import pytest
 from cases import BF16, F16, F32, F64, dtype
-from checks import check, x64
+from checks import check, jit, x64
 
 import jax_sscan
 
@@ -89,7 +89,7 @@ def test_case(name: str) -> None:
         arrays = {k: jnp.asarray(v) for k, v in inputs.items()}
         ids = arrays.pop("segment_ids", None)
 
-        @jax.jit
+        @jit
         def everything(arrays: Any, out_ct: Any, final_ct: Any) -> Any:
             def conv(arrays: Any) -> Any:
                 return jax_sscan.causal_conv1d(

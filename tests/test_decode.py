@@ -10,7 +10,7 @@ import numpy as np
 import oracle
 import pytest
 from cases import BF16, F16, F32, F64, Case, make_inputs
-from checks import check, x64
+from checks import check, jit, x64
 
 import jax_sscan
 
@@ -67,9 +67,7 @@ def test_case(case: Case) -> None:
     compute = np.dtype(F64 if case.x64 else F32)
     with x64(case.x64):
         arrays = {name: jnp.asarray(x) for name, x in step.items()}
-        out, state = jax.jit(lambda arrays: jax_sscan.selective_state_update(**arrays, dt_softplus=case.softplus))(
-            arrays
-        )
+        out, state = jit(lambda arrays: jax_sscan.selective_state_update(**arrays, dt_softplus=case.softplus))(arrays)
     assert out.dtype == step["x"].dtype and state.dtype == step["state"].dtype
     check(out, expected_out, "out", compute)
     check(state, expected_state, "new_state", compute)

@@ -26,8 +26,11 @@ import jax_sscan
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_case(case: Case, implementation: str | None) -> None:
-    """Values, result dtypes and every gradient, last_state's included."""
-    check_case(case, implementation)
+    """Values, result dtypes and every gradient, last_state's included.
+
+    Every fourth case is compiled just as users compile it; see `checks.jit`.
+    """
+    check_case(case, implementation, optimize=CASES.index(case) % 4 == 0)
 
 
 @settings(max_examples=30)
@@ -38,7 +41,7 @@ def test_drawn_case(case: Case, implementation: str | None) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=400)
+@settings(max_examples=90)
 @given(case=drawn_cases(max_length=300))
 def test_drawn_case_slow(case: Case, implementation: str | None) -> None:
     check_case(case, implementation, seed=23)

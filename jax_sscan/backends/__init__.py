@@ -7,11 +7,13 @@ Every implementation is a pair of functions on the canonical form of `jax_sscan.
 """
 
 import warnings
+from functools import partial
 from typing import NamedTuple
 
 import jax
 
 from jax_sscan.backends import native, xla
+from jax_sscan.canonical import Operands, Options, Residuals, Sizes
 
 NAMES = ("cuda", "cpu", "xla")
 _GPU_PLATFORMS = ("cuda", "rocm", "gpu")
@@ -87,4 +89,50 @@ def _warn_of_gpu_fallback() -> None:
         )
 
 
-__all__ = ["NAMES", "Implementation", "check_implementation", "implementations", "xla"]
+def chunk_length(implementation: str | None, size: Sizes) -> int:
+    """Steps between two saved states: one length for whatever may run, since the states are a residual of all."""
+    is_pure = implementation == "xla" or not _native_platforms()
+    return (xla if is_pure else native).chunk_length(size)
+
+
+def forward(operands: Operands, options: Options, implementation: str | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Runs the forward pass of ``implementation``, or of the best one for the platform it is lowered for."""
+    if implementation is None:
+        branches = {platform: partial(native.forward, options=options) for platform in _native_platforms()}
+        default = partial(xla.forward, options=options)
+        return jax.lax.platform_dependent(operands, default=default, **branches)
+    run = xla.forward if implementation == "xla" else native.forward
+    return run(operands, options)
+
+
+def backward(
+    residuals: Residuals,
+    out_cotangent: jax.Array,
+    last_state_cotangent: jax.Array,
+    options: Options,
+    implementation: str | None,
+) -> Operands:
+    """Runs the backward pass that belongs to `forward`."""
+    args = residuals, out_cotangent, last_state_cotangent
+    if implementation is None:
+        branches = {platform: partial(native.backward, options=options) for platform in _native_platforms()}
+        default = partial(xla.backward, options=options)
+        return jax.lax.platform_dependent(*args, default=default, **branches)
+    run = xla.backward if implementation == "xla" else native.backward
+    return run(*args, options)
+
+
+def _native_platforms() -> list[str]:
+    return [name for name in ("cuda", "cpu") if native.missing(name) is None]
+
+
+__all__ = [
+    "NAMES",
+    "Implementation",
+    "backward",
+    "check_implementation",
+    "chunk_length",
+    "forward",
+    "implementations",
+    "xla",
+]

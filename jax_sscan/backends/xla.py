@@ -18,8 +18,15 @@ from jax import lax
 
 from jax_sscan.canonical import Operands, Options, Residuals, Sizes, is_varying, sizes
 
-# Steps per chunk. Longer chunks save fewer states and run fewer loop iterations; shorter ones stay in cache.
-CHUNK = 64
+# Longer chunks save fewer states and run fewer loop iterations; but a chunk's arrays should stay in cache.
+_LONGEST_CHUNK, _SHORTEST_CHUNK = 64, 8
+_CHUNK_ELEMENTS = 1 << 22
+
+
+def chunk_length(size: Sizes) -> int:
+    """Steps per chunk."""
+    fits = _CHUNK_ELEMENTS // max(1, size.batch * size.dim * size.dstate)
+    return max(1, min(size.length, max(_SHORTEST_CHUNK, min(_LONGEST_CHUNK, fits))))
 
 
 class _Weights(NamedTuple):
@@ -133,7 +140,8 @@ def _chunk(
     decay = jnp.exp(delta * A)
     if masks.reset is not None:
         decay = jnp.where(masks.reset, 0, decay)
-    states = _recurrence(decay, (delta * u) * B, state, options.reverse)
+    restarts = masks.reset is not None
+    states = _recurrence(decay, (delta * u) * B, state, options.reverse, restarts)
     y = jnp.sum(C * states, axis=-2, keepdims=True)
     if jnp.iscomplexobj(y):
         y = 2 * y.real
@@ -151,20 +159,23 @@ def softplus(x: jax.Array) -> jax.Array:
     return jnp.where(x > 20, x, jnp.log1p(jnp.exp(jnp.minimum(x, 20))))
 
 
-def _recurrence(decay: jax.Array, source: jax.Array, state: jax.Array, reverse: bool) -> jax.Array:
-    """All states of h_t = decay_t h_{t-1} + source_t along axis 0, entered with ``state``."""
+def _recurrence(decay: jax.Array, source: jax.Array, state: jax.Array, reverse: bool, restarts: bool) -> jax.Array:
+    """All states of h_t = decay_t h_{t-1} + source_t along axis 0, entered with ``state``.
+
+    ``restarts`` says that some decays are exactly 0, and that not even NaN may pass them.
+    """
     first = slice(-1, None) if reverse else slice(0, 1)
-    entry = decay[first] * state + source[first]
+    entry = _carry(decay[first], state, restarts) + source[first]
     source = _in_order(entry, source[:-1] if reverse else source[1:], reverse)
 
     def matvec(states: jax.Array) -> jax.Array:
         return states - decay * _previous(states, reverse)
 
     def solve(_: Any, source: jax.Array) -> jax.Array:
-        return _associative_scan(decay, source, reverse)
+        return _associative_scan(decay, source, reverse, restarts)
 
     def transpose_solve(_: Any, cotangent: jax.Array) -> jax.Array:
-        return _associative_scan(_previous(decay, not reverse), cotangent, not reverse)
+        return _associative_scan(_previous(decay, not reverse), cotangent, not reverse, restarts)
 
     return lax.custom_linear_solve(matvec, source, solve, transpose_solve)
 
@@ -178,9 +189,14 @@ def _previous(array: jax.Array, reverse: bool) -> jax.Array:
     return _in_order(jnp.zeros_like(array[:1]), array[1:] if reverse else array[:-1], reverse)
 
 
-def _associative_scan(decay: jax.Array, source: jax.Array, reverse: bool) -> jax.Array:
+def _carry(decay: jax.Array, state: jax.Array, restarts: bool) -> jax.Array:
+    carried = decay * state
+    return jnp.where(decay == 0, 0, carried) if restarts else carried
+
+
+def _associative_scan(decay: jax.Array, source: jax.Array, reverse: bool, restarts: bool) -> jax.Array:
     def combine(left: Any, right: Any) -> Any:
-        return left[0] * right[0], right[0] * left[1] + right[1]
+        return left[0] * right[0], _carry(right[0], left[1], restarts) + right[1]
 
     return lax.associative_scan(combine, (decay, source), reverse=reverse)[1]
 

@@ -1,0 +1,71 @@
+// The canonical form of a selective scan as the native kernels see it: jax_sscan/canonical.py, in
+// C++.
+//
+// One Problem serves forward and backward, CPU and GPU. ParseForward and ParseBackward fill it from
+// the arguments of an XLA custom call and check every shape and dtype, so that a kernel may trust
+// what it gets; a failed check becomes an XLA error that names the call, the argument, what was
+// expected and what came.
+#pragma once
+
+#include <cstdint>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace jax_sscan {
+
+namespace ffi = ::xla::ffi;
+using ffi::DataType;
+
+// An operand or result; absent ones have no data.
+struct Array {
+  void* data = nullptr;
+  DataType dtype = DataType::INVALID;
+  explicit operator bool() const { return data != nullptr; }
+};
+
+// Also the struct of cotangents, where segment_ids is absent.
+struct Operands {
+  Array u, delta, A, B, C, D, z, delta_bias, initial_state, segment_ids;
+};
+
+struct Problem {
+  int64_t batch, dim, length, dstate, groups;
+  int64_t chunk;  // steps between two saved states
+  // Equal parts of the batch, each with weights of its own (vmap): A, D, delta_bias and fixed B and
+  // C have instances * dim rows, and so have their cotangents.
+  int64_t instances;
+  bool delta_softplus, reverse;
+  bool channel_last;        // layout "bld"; otherwise "bdl"
+  bool B_varies, C_varies;  // along the sequence; otherwise (dim, dstate)
+  DataType state;           // of A, of the states and of the accumulators: F32, F64, C64 or C128
+  Operands operands;
+
+  int64_t num_chunks() const { return (length + chunk - 1) / chunk; }
+  int64_t group_dim() const { return dim / groups; }
+  int64_t instance(int64_t row) const { return row / (batch / instances); }
+};
+
+struct Forward : Problem {
+  Array out, last_state;
+  Array states;  // (batch, num_chunks, dstate, dim), in the state's dtype
+};
+
+struct Backward : Problem {
+  Array states, out_cotangent, last_state_cotangent;
+  Operands cotangents;  // results; of the same shapes and dtypes as the operands
+  Array workspace;      // bytes, as many as the Python side asked for
+  int64_t workspace_bytes;
+};
+
+// The static flags of a call, as attributes.
+struct Attributes {
+  bool delta_softplus, reverse, channel_last;
+  int64_t chunk, groups, instances;
+};
+
+ffi::ErrorOr<Forward> ParseForward(const Attributes& attributes, ffi::RemainingArgs args,
+                                   ffi::RemainingRets rets);
+ffi::ErrorOr<Backward> ParseBackward(const Attributes& attributes, ffi::RemainingArgs args,
+                                     ffi::RemainingRets rets);
+
+}  // namespace jax_sscan
