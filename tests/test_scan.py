@@ -41,7 +41,7 @@ def test_drawn_case(case: Case, implementation: str | None) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=90)
+@settings(max_examples=400)
 @given(case=drawn_cases(max_length=300))
 def test_drawn_case_slow(case: Case, implementation: str | None) -> None:
     check_case(case, implementation, seed=23)

@@ -1,0 +1,76 @@
+"""How a method is measured: compile time, run time, and the memory that its program asks for."""
+
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclass
+class Program:
+    """One compiled computation and what has been measured of it."""
+
+    method: str
+    name: str  # "forward" or "forward+backward"
+    call: Callable[[], Any]
+    compile_s: float
+    temp_mb: float
+    times_ms: list[float] = field(default_factory=list)
+
+    @property
+    def median_ms(self) -> float:
+        return statistics.median(self.times_ms)
+
+    def run(self) -> float:
+        """Runs once; returns and notes the time in milliseconds."""
+        begin = time.perf_counter()
+        jax.block_until_ready(self.call())
+        self.times_ms.append(1e3 * (time.perf_counter() - begin))
+        return self.times_ms[-1]
+
+
+def compile_program(method: str, function: Callable[..., Any], operands: tuple[jax.Array, ...], name: str) -> Program:
+    """Compiles the forward pass, or the value and the gradients of every operand for a random cotangent."""
+    if name == "forward+backward":
+        cotangent = jax.random.normal(jax.random.key(1), operands[0].shape)
+        forward = function
+
+        def weighted(*args: jax.Array) -> jax.Array:
+            return jnp.sum(forward(*args) * cotangent)
+
+        function = jax.value_and_grad(weighted, argnums=tuple(range(len(operands))))
+    begin = time.perf_counter()
+    compiled = jax.jit(function).lower(*operands).compile()
+    compile_s = time.perf_counter() - begin
+    temp = compiled.memory_analysis().temp_size_in_bytes / 1e6
+    return Program(method, name, lambda: compiled(*operands), compile_s, temp)
+
+
+def run_in_turns(programs: list[Program], repeats: int, budget_s: float) -> None:
+    """Times all programs round-robin after one warm-up each, so that ratios come from the same minutes.
+
+    A program that has used up its budget stops after two measured runs.
+    """
+    for program in programs:
+        program.run()
+        program.times_ms.clear()
+    for turn in range(repeats):
+        for program in programs:
+            if turn < 2 or sum(program.times_ms) < 1e3 * budget_s:
+                program.run()
+
+
+def peak_memory_mb(program: Program) -> float:
+    """How far one run raises this process's peak resident size; a fresh process makes it meaningful."""
+
+    def peak() -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    before = peak()
+    jax.block_until_ready(program.call())
+    return (peak() - before) / 1024
