@@ -47,7 +47,8 @@ def compile_program(method: str, function: Callable[..., Any], operands: tuple[j
     begin = time.perf_counter()
     compiled = jax.jit(function).lower(*operands).compile()
     compile_s = time.perf_counter() - begin
-    temp = compiled.memory_analysis().temp_size_in_bytes / 1e6
+    analysis = compiled.memory_analysis()
+    temp = float("nan") if analysis is None else analysis.temp_size_in_bytes / 1e6
     return Program(method, name, lambda: compiled(*operands), compile_s, temp)
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 import jax_sscan
 
-Method = Callable[..., jax.Array]
+Method = Callable[..., Any]
 Shape = tuple[int, int, int, int]  # batch, dim, length, dstate
 
 
@@ -67,9 +67,11 @@ def lax_scan(u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, z: Any, delta_b
 def methods() -> dict[str, Method]:
     """All methods that run on this machine, by name."""
     platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
-    ours = {
+    ours: dict[str, Method] = {
         name: partial(jax_sscan.selective_scan, delta_softplus=True, layout="bld", implementation=name)
         for name, info in jax_sscan.implementations().items()
         if info.available and platform in info.platforms
     }
-    return ours | {"lax.scan": lax_scan, "associative_scan": associative_scan}
+    ours["lax.scan"] = lax_scan
+    ours["associative_scan"] = associative_scan
+    return ours

@@ -134,29 +134,34 @@ def _conv(
 
     real = checks.compute_dtype(x, weight, bias, initial_state)
 
+    # Widened before anything is cut out, so that the gradients of all cuts are summed wide as well.
+    wide = padded.astype(real)
+
     def channels(vector: jax.Array) -> jax.Array:
         return vector.astype(real) if layout == "bld" else vector.astype(real)[:, None]
 
     def tap(shift: int) -> jax.Array:
         """Delays x by width - 1 - shift steps, without what belongs to another segment."""
-        window = jax.lax.slice_in_dim(padded, shift, shift + length, axis=time).astype(real)
+        window = jax.lax.slice_in_dim(wide, shift, shift + length, axis=time)
         if segments is None or shift == width - 1:
             return window
         same = segments[:, shift : shift + length] == segments[:, width - 1 :]
         return jnp.where(jnp.expand_dims(same, 3 - time), window, 0)
 
-    out = sum(channels(weight[:, shift]) * tap(shift) for shift in range(width))
+    out = channels(weight[:, -1]) * tap(width - 1)
+    for shift in range(width - 1):
+        out = out + channels(weight[:, shift]) * tap(shift)
     if bias is not None:
         out = out + channels(bias)
     if activation == "silu":
         out = out * jax.nn.sigmoid(out)
 
-    final = jax.lax.slice_in_dim(padded, length, length + width - 1, axis=time)
+    final = jax.lax.slice_in_dim(wide, length, length + width - 1, axis=time)
     if segments is not None:
         same = segments[:, length:] == segments[:, -1:]
         final = jnp.where(jnp.expand_dims(same, 3 - time), final, 0)
     final = final.swapaxes(1, 2) if layout == "bld" else final
-    return out.astype(x.dtype), final
+    return out.astype(x.dtype), final.astype(state_dtype)
 
 
 def _segment_numbers(segment_ids: jax.Array, width: int) -> jax.Array:

@@ -102,10 +102,8 @@ def backward(
     @call.def_vmap
     def _(axis_size: int, batched: list[bool], *leaves: jax.Array) -> Any:
         folded = _fold(tree.unflatten(leaves[3:]), tree.unflatten(batched[3:]), axis_size)
-        states, *cotangents = (
-            _fold_axis(x, mapped, axis_size) for x, mapped in zip(leaves[:3], batched[:3], strict=True)
-        )
-        gradients = backward(Residuals(folded, states), *cotangents, options, axis_size * instances)
+        states, d_out, d_last = (_fold_axis(x, batched[i], axis_size) for i, x in enumerate(leaves[:3]))
+        gradients = backward(Residuals(folded, states), d_out, d_last, options, axis_size * instances)
         results = _unfold([x for x in gradients if x is not None], axis_size)
         return results, [True] * len(results)
 
@@ -129,7 +127,7 @@ def _unfold(results: Any, axis_size: int) -> Any:
     return type(results)(x.reshape(axis_size, -1, *x.shape[1:]) for x in results)
 
 
-def _call_operands(operands: Operands) -> list[jax.Array]:
+def _call_operands(operands: Operands) -> list[Any]:
     absent = np.zeros(0, np.float32)
     return [absent if x is None else x for x in operands]
 

@@ -100,7 +100,11 @@ def backward(
     def step(carry: tuple[jax.Array, _Weights], xs: Any) -> tuple[Any, _Inputs]:
         state_cotangent, weights_cotangent = carry
         inputs, masks, state, out_cotangent = xs
-        _, vjp = jax.vjp(lambda *primals: _chunk(options, *primals, masks), weights, state, inputs)
+
+        def chunk(weights: _Weights, state: jax.Array, inputs: _Inputs) -> tuple[jax.Array, jax.Array]:
+            return _chunk(options, weights, state, inputs, masks)
+
+        _, vjp = jax.vjp(chunk, weights, state, inputs)
         d_weights, state_cotangent, d_inputs = vjp((state_cotangent, out_cotangent))
         weights_cotangent = jax.tree.map(jnp.add, weights_cotangent, d_weights)
         return (state_cotangent, weights_cotangent), d_inputs
