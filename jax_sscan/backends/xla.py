@@ -30,13 +30,12 @@ def chunk_length(size: Sizes) -> int:
 
 
 class _Weights(NamedTuple):
-    """What every chunk shares: A, B and C when fixed, D, delta_bias; (groups, dstate or 1, channels)."""
+    """What every chunk shares: A, B and C when fixed, D; (groups, dstate or 1, channels)."""
 
     A: Any
     B: Any
     C: Any
     D: Any
-    delta_bias: Any
 
 
 class _Inputs(NamedTuple):
@@ -50,10 +49,9 @@ class _Inputs(NamedTuple):
 
 
 class _Masks(NamedTuple):
-    """Where the state restarts, and which positions exist: (num_chunks, chunk, batch or 1, 1, 1, 1) or None."""
+    """Where the state restarts: (num_chunks, chunk, batch, 1, 1, 1), or None."""
 
     reset: Any
-    valid: Any
 
 
 def forward(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -134,13 +132,6 @@ def _chunk(
     u, delta, B, C, z = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, real)), inputs)
     B = weights.B if B is None else B
     C = weights.C if C is None else C
-    if weights.delta_bias is not None:
-        delta = delta + weights.delta_bias
-    if options.delta_softplus:
-        delta = softplus(delta)
-    if masks.valid is not None:
-        # Past the end the step is the identity: decay 1, input 0, and no gradient reaches delta or its bias.
-        delta = jnp.where(masks.valid, delta, 0)
     decay = jnp.exp(delta * A)
     if masks.reset is not None:
         decay = jnp.where(masks.reset, 0, decay)
@@ -226,19 +217,26 @@ def _split(operands: Operands, options: Options, size: Sizes) -> tuple[_Weights,
         axes = (1, 0, 2, 3) if options.layout == "bld" else (3, 0, 1, 2)
         return _split_time(matrix.transpose(axes)[..., None], options.chunk)
 
+    # Softplus is taken here, once per element: inside a chunk XLA would fuse it into the decays and take it per state.
+    # Positions that pad the last chunk then have delta 0: decay 1, input 0, and no gradient.
+    real = jnp.finfo(operands.A.dtype).dtype
+    delta = operands.delta.astype(real)
+    if operands.delta_bias is not None:
+        delta = delta + (operands.delta_bias if options.layout == "bld" else operands.delta_bias[:, None])
+    if options.delta_softplus:
+        delta = softplus(delta)
     A, state = operands.A, operands.initial_state
     weights = _Weights(
         per_channel(A),
         fixed(operands.B),
         fixed(operands.C),
         vector(operands.D),
-        vector(operands.delta_bias),
     )
     if state is None:
         state = jnp.zeros((size.batch, size.dim, size.dstate), A.dtype)
     inputs = _Inputs(
         sequence(operands.u),
-        sequence(operands.delta),
+        sequence(delta),
         varying(operands.B),
         varying(operands.C),
         sequence(operands.z),
@@ -272,12 +270,10 @@ def _masks(segment_ids: jax.Array | None, options: Options, size: Sizes) -> _Mas
     def split(mask: jax.Array) -> jax.Array:
         return _split_time(mask[..., None, None, None], options.chunk)
 
-    reset = valid = None
+    reset = None
     if segment_ids is not None:
         changes = segment_ids[:, 1:] != segment_ids[:, :-1]
         # The first position in processing order continues the initial state, whatever its id.
         padding = (0, 1) if options.reverse else (1, 0)
         reset = split(jnp.pad(changes, [(0, 0), padding]).T)
-    if size.length % options.chunk:
-        valid = split(jnp.ones((size.length, 1), bool))
-    return _Masks(reset, valid)
+    return _Masks(reset)
