@@ -44,12 +44,16 @@ class Operands(NamedTuple):
 
 @dataclass(frozen=True)
 class Options:
-    """The static flags of one scan. ``chunk`` is the number of steps between two saved states."""
+    """The static flags of one scan.
+
+    ``last_state`` says whether the last state is wanted; ``chunk`` is the number of steps between two saved states.
+    """
 
     delta_softplus: bool
     reverse: bool
     layout: Layout
     out_dtype: np.dtype
+    last_state: bool
     chunk: int
 
 
@@ -64,10 +68,10 @@ class Sizes(NamedTuple):
 
 
 class Residuals(NamedTuple):
-    """What the backward pass keeps: the operands and one state per chunk.
+    """What the backward pass keeps: the operands and the states between chunks.
 
-    ``states[:, i]`` is the state with which chunk i is entered in processing order (from the right when reverse),
-    (batch, num_chunks, dstate, dim). Chunk i covers positions [i * chunk, (i + 1) * chunk).
+    Chunk i covers positions [i * chunk, (i + 1) * chunk); ``states[:, i]`` is the state that passes between chunks i and
+    i + 1, from left to right or, when reverse, from right to left: (batch, num_chunks - 1, dstate, dim).
     """
 
     operands: Operands
@@ -149,6 +153,7 @@ def canonicalize(
     reverse: bool,
     layout: Layout,
     out_dtype: Any,
+    last_state: bool,
     chunk_length: Callable[[Sizes], int],
 ) -> tuple[Operands, Options]:
     """Checks a scan as the caller wrote it and brings it into canonical form.
@@ -222,4 +227,4 @@ def canonicalize(
         segment_ids=segment_ids,
     )
     chunk = chunk_length(sizes(canonical, layout))
-    return canonical, Options(delta_softplus, reverse, layout, out_dtype, chunk)
+    return canonical, Options(delta_softplus, reverse, layout, out_dtype, last_state, chunk)

@@ -19,7 +19,7 @@ around a scan without running the scan a second time.
 
 
 class ScanForward(NamedTuple):
-    """Result of `selective_scan_forward`: the output, the last state and one saved state per chunk."""
+    """Result of `selective_scan_forward`: the output, the last state and the saved states between chunks."""
 
     out: jax.Array
     last_state: jax.Array
@@ -111,13 +111,14 @@ def selective_scan(
         reverse=reverse,
         layout=layout,
         out_dtype=out_dtype,
+        last_state=checks.check_flag("return_last_state", return_last_state),
         chunk_length=partial(backends.chunk_length, implementation),
     )
     if operands.u.size == 0:
         out, last_state = _empty(operands, options)
     else:
         out, last_state = _run(operands, options, implementation)
-    return (out, last_state) if return_last_state else out
+    return (out, last_state) if options.last_state else out
 
 
 def selective_scan_forward(
@@ -148,8 +149,8 @@ def selective_scan_forward(
         TypeError: as `selective_scan`.
     """
     operands = Operands(u, delta, A, B, C, D, z, delta_bias, initial_state, segment_ids)
-    operands, options = _kernel_form(operands, delta_softplus, reverse, layout, out_dtype, implementation)
-    return ScanForward(*_jitted_forward(operands, options, implementation))
+    operands, options = _kernel_form(operands, delta_softplus, reverse, layout, out_dtype, True, implementation)
+    return ScanForward(*_jitted_forward(operands, options, True, implementation))
 
 
 def selective_scan_backward(
@@ -206,20 +207,18 @@ def selective_scan_backward(
 
     def kernel_form(given: Operands) -> tuple[Operands, Options]:
         operands = given._replace(segment_ids=segment_ids)
-        return _kernel_form(operands, delta_softplus, reverse, layout, out_dtype, implementation)
+        has_last_state = last_state_cotangent is not None
+        return _kernel_form(operands, delta_softplus, reverse, layout, out_dtype, has_last_state, implementation)
 
     operands, options = kernel_form(given)
     # Differentiating the way to canonical form takes the cotangents back to the caller's shapes and dtypes.
     _, form_vjp = jax.vjp(lambda given: kernel_form(given)[0]._replace(segment_ids=None), given)
-    out, last_state, saved = jax.eval_shape(partial(backends.xla.forward, options=options), operands)
-    if last_state_cotangent is None:
-        last_state_cotangent = jnp.zeros(last_state.shape, last_state.dtype)
-    for name, array, expected in (
-        ("out_cotangent", out_cotangent, out),
-        ("last_state_cotangent", last_state_cotangent, last_state),
-        ("states", states, saved),
-    ):
-        checks.check_like(name, array, expected)
+    forward = partial(backends.xla.forward, options=options, save_states=True)
+    out, last_state, saved = jax.eval_shape(forward, operands)
+    checks.check_like("out_cotangent", out_cotangent, out)
+    checks.check_like("states", states, saved)
+    if last_state_cotangent is not None:
+        checks.check_like("last_state_cotangent", last_state_cotangent, last_state)
     cotangents = _jitted_backward(
         Residuals(operands, states), out_cotangent, last_state_cotangent, options, implementation
     )
@@ -233,6 +232,7 @@ def _kernel_form(
     reverse: bool,
     layout: Layout,
     out_dtype: Any,
+    last_state: bool,
     implementation: str | None,
 ) -> tuple[Operands, Options]:
     backends.check_implementation(implementation)
@@ -242,6 +242,7 @@ def _kernel_form(
         reverse=reverse,
         layout=layout,
         out_dtype=out_dtype,
+        last_state=last_state,
         chunk_length=partial(backends.chunk_length, implementation),
     )
     if operands.u.size == 0:
@@ -263,22 +264,22 @@ def _empty(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]:
 
 # jitted, so that an eager call compiles once per shape and not once per call.
 @partial(jax.jit, static_argnames=("options", "implementation"))
-def _run(operands: Operands, options: Options, implementation: str | None) -> tuple[jax.Array, jax.Array]:
+def _run(operands: Operands, options: Options, implementation: str | None) -> tuple[jax.Array, jax.Array | None]:
     if implementation == "xla":
         # Differentiated by JAX itself, so that forward mode and higher orders work.
-        return backends.xla.forward(operands, options)[:2]
+        return backends.xla.forward(operands, options, save_states=False)[:2]
     return _scan(operands, options, implementation)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _scan(operands: Operands, options: Options, implementation: str | None) -> tuple[jax.Array, jax.Array]:
-    return backends.forward(operands, options, implementation)[:2]
+def _scan(operands: Operands, options: Options, implementation: str | None) -> tuple[jax.Array, jax.Array | None]:
+    return backends.forward(operands, options, False, implementation)[:2]
 
 
 def _scan_fwd(
     operands: Operands, options: Options, implementation: str | None
-) -> tuple[tuple[jax.Array, jax.Array], Residuals]:
-    out, last_state, states = backends.forward(operands, options, implementation)
+) -> tuple[tuple[jax.Array, jax.Array | None], Residuals]:
+    out, last_state, states = backends.forward(operands, options, True, implementation)
     out = checkpoint_name(out, RESIDUAL_NAMES[0])
     states = checkpoint_name(states, RESIDUAL_NAMES[1])
     return (out, last_state), Residuals(operands, states)
@@ -288,11 +289,11 @@ def _scan_bwd(
     options: Options,
     implementation: str | None,
     residuals: Residuals,
-    cotangents: tuple[jax.Array, jax.Array],
+    cotangents: tuple[jax.Array, jax.Array | None],
 ) -> tuple[Operands]:
     return (backends.backward(residuals, *cotangents, options, implementation),)
 
 
 _scan.defvjp(_scan_fwd, _scan_bwd)
-_jitted_forward = jax.jit(backends.forward, static_argnames=("options", "implementation"))
+_jitted_forward = jax.jit(backends.forward, static_argnames=("options", "save_states", "implementation"))
 _jitted_backward = jax.jit(backends.backward, static_argnames=("options", "implementation"))

@@ -50,6 +50,7 @@ class Case:
     reverse: bool = False
     layout: str = "bdl"
     out_dtype: str | None = None
+    last_state: bool = True
     x64: bool = False
 
     def __str__(self) -> str:
@@ -202,6 +203,18 @@ def _table() -> list[Case]:
         Case("batch-5", batch=5, dim=1, length=19, **EVERYTHING, layout="bld"),
         Case("dim-131", batch=1, dim=131, length=5, dstate=16, **MAMBA),
         Case("dim-131-bld", batch=1, dim=131, length=5, dstate=16, layout="bld", **EVERYTHING),
+        # Without the last state, which kernels may use: short batch rows run as one long sequence.
+        Case("no-last-state", **MAMBA, length=129, last_state=False),
+        Case("no-last-state-initial-state", **EVERYTHING, length=7, layout="bld", last_state=False),
+        Case("short-bld", batch=24, dim=40, length=7, dstate=16, layout="bld", **MAMBA, last_state=False),
+        Case("short-bdl", batch=5, length=7, **MAMBA, last_state=False),
+        Case("short-reverse", batch=64, dim=5, length=3, layout="bld", reverse=True, **MAMBA, last_state=False),
+        Case("short-segments", batch=48, dim=3, length=16, segments=True, layout="bld", **MAMBA, last_state=False),
+        Case("short-fixed", batch=37, length=2, B="fixed", C="fixed", layout="bld", **MAMBA, last_state=False),
+        Case("short-groups", batch=70, dim=6, length=5, B="4d", C="4d", groups=2, layout="bld", last_state=False),
+        Case("steps", batch=96, dim=24, length=1, dstate=16, **MAMBA, last_state=False),
+        Case("steps-groups", batch=90, dim=6, length=1, B="4d", C="4d", groups=3, **MAMBA, last_state=False),
+        Case("steps-complex", batch=80, dim=3, length=1, is_complex=True, **MAMBA, last_state=False),
         # Complex.
         Case("complex", is_complex=True, length=129),
         Case("complex-everything", is_complex=True, **EVERYTHING, length=129, dim=6),
@@ -307,5 +320,6 @@ def drawn_cases(draw: st.DrawFn, max_length: int = 40) -> Case:
         reverse=draw(st.booleans()),
         layout=layout,
         out_dtype=None if x64 else draw(st.sampled_from([None, None, F32, BF16])),
+        last_state=draw(st.booleans()),
         x64=x64,
     )

@@ -14,6 +14,22 @@ constexpr int64_t kBlock = 16;
 constexpr int64_t kEnoughTasks = 32, kMostBlocks = 8;
 }  // namespace
 
+void FoldRows(Problem& p, bool has_states) {
+  constexpr int64_t kSteps = 32;
+  const bool rows_are_steps = p.channel_last || p.length == 1;
+  if (has_states || !rows_are_steps || p.num_chunks() > 1 || 2 * p.length > kSteps) return;
+  // A divisor of the rows of an instance, so that all sequences are of one length.
+  const int64_t rows = p.batch / p.instances;
+  const int64_t enough = std::min(rows, kEnoughTasks / (p.instances * Tasks(p).slices) + 1);
+  int64_t sequences = enough;
+  while (rows % sequences) ++sequences;
+  p.restart_every = p.length;
+  p.chunk = kSteps / p.length * p.length;
+  p.channel_last = true;
+  p.length *= rows / sequences;
+  p.batch = p.instances * sequences;
+}
+
 Tasks::Tasks(const Problem& p) {
   const int64_t blocks_per_group = (p.group_dim() + kBlock - 1) / kBlock;
   const int64_t blocks = p.batch * p.groups * blocks_per_group;
@@ -21,15 +37,24 @@ Tasks::Tasks(const Problem& p) {
   slice_dim = blocks_per_slice * kBlock;
   slices_per_group = (p.group_dim() + slice_dim - 1) / slice_dim;
   slices = p.groups * slices_per_group;
-  count = p.batch * slices;
+  // Few parts of the batch, since each brings partial sums of its own.
+  const int64_t instance_rows = p.batch / p.instances;
+  rows = std::clamp<int64_t>(p.batch * slices / kEnoughTasks, 1, instance_rows);
+  parts_per_instance = (instance_rows + rows - 1) / rows;
+  parts = p.instances * parts_per_instance;
+  count = parts * slices;
+  reduce_steps = std::min<int64_t>(p.length, 512);
+  reduce_parts = 1;
+  if (p.B_varies || p.C_varies)
+    reduce_parts += p.batch * ((p.length + reduce_steps - 1) / reduce_steps);
 }
 
 Workspace::Workspace(const Problem& p, const Tasks& tasks, void* base) {
   const DataType real_type = ffi::ToReal(p.state);
   const int64_t real = static_cast<int64_t>(ffi::ByteWidth(real_type));
   const int64_t number = static_cast<int64_t>(ffi::ByteWidth(p.state));
-  const int64_t weight = p.batch * p.dim * p.dstate * number;
-  const int64_t varying = tasks.count * p.length * p.dstate * number;
+  const int64_t weight = tasks.parts * p.dim * p.dstate * number;
+  const int64_t varying = p.batch * tasks.slices * p.length * p.dstate * number;
   bytes = 0;
   auto take = [&](int64_t size) {
     char* first = static_cast<char*>(base) + bytes;
@@ -39,8 +64,8 @@ Workspace::Workspace(const Problem& p, const Tasks& tasks, void* base) {
   A = take(weight);
   B = take(p.B_varies ? varying : weight);
   C = take(p.C_varies ? varying : weight);
-  D = take(p.batch * p.dim * real);
-  delta_bias = take(p.batch * p.dim * real);
+  D = take(tasks.parts * p.dim * real);
+  delta_bias = take(tasks.parts * p.dim * real);
 }
 
 const Kernels& BestKernels() {

@@ -7,32 +7,42 @@
 
 namespace jax_sscan::cpu {
 
-// A task is one batch row and one slice of channels of one group; it walks the whole sequence. The
-// cut depends on the problem alone, never on threads or instruction sets, so that results do not
-// either (sums over tasks are taken in a fixed order, see Reduce).
+// Short sequences cost more to start than to run. Where batch rows lie behind one another as time
+// steps do, and no state enters or leaves them, several become one long sequence whose state
+// restarts at every row.
+void FoldRows(Problem& p, bool has_states);
+
+// A task is a slice of channels of one group and some batch rows of one instance, whose sequences it
+// walks one after the other. The cut depends on the problem alone, never on threads or instruction
+// sets, so that results do not either (sums over tasks are taken in a fixed order, see Reduce).
 struct Tasks {
   explicit Tasks(const Problem& p);
   int64_t slice_dim;  // channels of a slice; the last of a group may have fewer
   int64_t slices_per_group;
   int64_t slices;  // of all groups
-  int64_t count;   // batch * slices
+  int64_t rows;    // batch rows of a part; the last of an instance may have fewer
+  int64_t parts_per_instance;
+  int64_t parts;         // of all instances
+  int64_t count;         // parts * slices
+  int64_t reduce_steps;  // of the sequence, in one part of the reduction
+  int64_t reduce_parts;
 };
 
-// Sums that cross tasks, as partial sums in float or double: one per task for varying B and C
-// (length * dstate), one per batch row for what belongs to a channel.
+// Sums that cross tasks, as partial sums in float or double: for varying B and C one per batch row
+// and slice (length * dstate), for what belongs to a channel one per part of the batch.
 struct Workspace {
   Workspace(const Problem& p, const Tasks& tasks, void* base);
-  // In reals, not numbers: a complex one takes two. Null where nothing of it is needed.
+  // In reals, not numbers: a complex one takes two.
   char *A, *B, *C, *D, *delta_bias;
   int64_t bytes;
 };
 
-// The kernels of one instruction set; task in [0, count), part in [0, Parts()).
+// The kernels of one instruction set; task in [0, count), part in [0, reduce_parts).
 struct Kernels {
   const char* name;
   void (*forward)(const Forward& p, const Tasks& tasks, int64_t task);
   void (*backward)(const Backward& p, const Tasks& tasks, const Workspace& workspace, int64_t task);
-  // Sums the partial sums of one batch row (varying B and C) or of all rows (part == batch).
+  // Part 0 sums what belongs to channels, the others varying B and C over some of their steps.
   void (*reduce)(const Backward& p, const Tasks& tasks, const Workspace& workspace, int64_t part);
 };
 

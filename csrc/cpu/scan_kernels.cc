@@ -112,90 +112,130 @@ inline N Broadcast(const typename N::Scalar* p) {
 }
 
 // ---------------------------------------------------------------------------------------------------------
-// Element types of sequences: conversion of a vector of them to and from the compute type T.
+// Element types of sequences: a vector of them to and from the compute type T. The 16-bit ones are
+// converted as bits, so that every target has them.
+
+struct Bfloat {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
 
 template <typename T>
-using Halves = uint16_t __attribute__((vector_size(JAX_SSCAN_VECTOR_BYTES / sizeof(T) * 2)));
+using Floats = typename VectorOf<T>::Floats;
+template <typename T>
+using Doubles = typename VectorOf<T>::Doubles;
+template <typename T>
+using Bits = typename VectorOf<T>::Bits;
+template <typename T>
+using ShortBits = typename VectorOf<T>::ShortBits;
 
-inline float FromBits(uint32_t bits) { return BitCast<float>(bits); }
-
-inline float FloatFromHalf(uint16_t half) {
-  uint32_t sign = uint32_t(half & 0x8000) << 16, rest = half & 0x7fff;
-  if (rest >= 0x7c00) return FromBits(sign | 0x7f800000 | (rest << 13));
-  return FromBits(sign |
-                  BitCast<uint32_t>(FromBits(rest << 13) * FromBits(0x77800000)));  // * 2^112
+template <typename T>
+inline Vec<T> Widen(const float* from) {
+  return __builtin_convertvector(LoadUnaligned<Floats<T>>(from), Vec<T>);
+}
+template <typename T>
+inline Vec<T> Widen(const double* from) {
+  return __builtin_convertvector(LoadUnaligned<Doubles<T>>(from), Vec<T>);
+}
+template <typename T>
+inline Vec<T> Widen(const Bfloat* from) {
+  const Bits<T> bits = __builtin_convertvector(LoadUnaligned<ShortBits<T>>(from), Bits<T>);
+  return __builtin_convertvector(BitCast<Floats<T>>(bits << 16), Vec<T>);
+}
+template <typename T>
+inline Vec<T> Widen(const Half* from) {
+  const Bits<T> bits = __builtin_convertvector(LoadUnaligned<ShortBits<T>>(from), Bits<T>);
+  const Bits<T> sign = (bits & 0x8000) << 16, rest = bits & 0x7fff;
+  // The product moves the exponent by 112, subnormal numbers included.
+  const Floats<T> finite = BitCast<Floats<T>>(rest << 13) * 0x1p112f;
+  const Bits<T> magnitude = rest >= 0x7c00 ? (rest << 13) | 0x7f800000 : BitCast<Bits<T>>(finite);
+  return __builtin_convertvector(BitCast<Floats<T>>(sign | magnitude), Vec<T>);
 }
 
-inline uint16_t HalfFromFloat(float x) {
-  uint32_t bits = BitCast<uint32_t>(x), sign = (bits >> 16) & 0x8000, rest = bits & 0x7fffffff;
-  if (rest > 0x7f800000) return uint16_t(sign | 0x7e00);
-  if (rest >= 0x477ff000) return uint16_t(sign | 0x7c00);  // rounds to infinity
-  if (rest < 0x38800000) {                                 // subnormal: let an addition round it
-    float shifted = FromBits(rest) + 0.5f;
-    return uint16_t(sign | (BitCast<uint32_t>(shifted) - 0x3f000000));
+template <typename V>
+inline void StoreUnaligned(V v, void* p) {
+  std::memcpy(p, &v, sizeof(v));
+}
+template <typename T>
+inline void Narrow(Vec<T> x, float* to) {
+  StoreUnaligned(__builtin_convertvector(x, Floats<T>), to);
+}
+template <typename T>
+inline void Narrow(Vec<T> x, double* to) {
+  StoreUnaligned(__builtin_convertvector(x, Doubles<T>), to);
+}
+template <typename T>
+inline void Narrow(Vec<T> x, Bfloat* to) {
+  const Bits<T> bits = BitCast<Bits<T>>(__builtin_convertvector(x, Floats<T>));
+  const Bits<T> rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Bits<T> result = (bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 0x40 : rounded;
+  StoreUnaligned(__builtin_convertvector(result, ShortBits<T>), to);
+}
+template <typename T>
+inline void Narrow(Vec<T> x, Half* to) {
+  const Bits<T> bits = BitCast<Bits<T>>(__builtin_convertvector(x, Floats<T>));
+  const Bits<T> sign = (bits >> 16) & 0x8000, rest = bits & 0x7fffffff;
+  Bits<T> result = (rest + 0xfff + ((rest >> 13) & 1) - 0x38000000) >> 13;
+  // Below the smallest normal number the addition rounds.
+  const Bits<T> tiny = BitCast<Bits<T>>(BitCast<Floats<T>>(rest) + 0.5f) - 0x3f000000;
+  result = rest < 0x38800000 ? tiny : result;
+  result = rest >= 0x477ff000 ? Bits<T>{} + 0x7c00 : result;  // rounds to infinity
+  result = rest > 0x7f800000 ? Bits<T>{} + 0x7e00 : result;
+  StoreUnaligned(__builtin_convertvector(sign | result, ShortBits<T>), to);
+}
+
+// The first count lanes; the others are 0 or left alone in memory.
+template <typename T, typename E>
+inline Vec<T> WidenPart(const E* from, int64_t count) {
+  E part[kLanes<T>] = {};
+  std::memcpy(part, from, count * sizeof(E));
+  return Widen<T>(part);
+}
+template <typename T, typename E>
+inline void NarrowPart(Vec<T> x, int64_t count, E* to) {
+  E part[kLanes<T>];
+  Narrow<T>(x, part);
+  std::memcpy(to, part, count * sizeof(E));
+}
+
+// Calls body with a null pointer to the C++ type of dtype.
+template <typename Body>
+inline void WithElement(DataType dtype, Body body) {
+  switch (dtype) {
+    case DataType::F32:
+      return body(static_cast<float*>(nullptr));
+    case DataType::F64:
+      return body(static_cast<double*>(nullptr));
+    case DataType::BF16:
+      return body(static_cast<Bfloat*>(nullptr));
+    default:
+      return body(static_cast<Half*>(nullptr));
   }
-  return uint16_t(sign | ((rest + 0xfff + ((rest >> 13) & 1) - 0x38000000) >> 13));
 }
 
-inline float FloatFromBfloat(uint16_t x) { return FromBits(uint32_t(x) << 16); }
-
-inline uint16_t BfloatFromFloat(float x) {
-  uint32_t bits = BitCast<uint32_t>(x);
-  if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t((bits >> 16) | 0x40);
-  return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-// Copies count numbers between an element type and T; simple loops that the compiler vectorises.
+// Copies a run of numbers.
 template <typename T>
 inline void ToReal(const Array& from, int64_t offset, int64_t count, T* to) {
-  switch (from.dtype) {
-    case DataType::F32: {
-      const float* p = static_cast<const float*>(from.data) + offset;
-      for (int64_t i = 0; i < count; ++i) to[i] = T(p[i]);
-      break;
+  WithElement(from.dtype, [&](auto* element) {
+    const auto* p = static_cast<decltype(element)>(from.data) + offset;
+    int64_t i = 0;
+    for (; i + kLanes<T> <= count; i += kLanes<T>) StoreUnaligned(Widen<T>(p + i), to + i);
+    if (i < count) {
+      const Vec<T> rest = WidenPart<T>(p + i, count - i);
+      std::memcpy(to + i, &rest, (count - i) * sizeof(T));
     }
-    case DataType::F64: {
-      const double* p = static_cast<const double*>(from.data) + offset;
-      for (int64_t i = 0; i < count; ++i) to[i] = T(p[i]);
-      break;
-    }
-    case DataType::BF16: {
-      const uint16_t* p = static_cast<const uint16_t*>(from.data) + offset;
-      for (int64_t i = 0; i < count; ++i) to[i] = T(FloatFromBfloat(p[i]));
-      break;
-    }
-    default: {
-      const uint16_t* p = static_cast<const uint16_t*>(from.data) + offset;
-      for (int64_t i = 0; i < count; ++i) to[i] = T(FloatFromHalf(p[i]));
-      break;
-    }
-  }
+  });
 }
-
 template <typename T>
 inline void FromReal(const T* from, int64_t count, const Array& to, int64_t offset) {
-  switch (to.dtype) {
-    case DataType::F32: {
-      float* p = static_cast<float*>(to.data) + offset;
-      for (int64_t i = 0; i < count; ++i) p[i] = float(from[i]);
-      break;
-    }
-    case DataType::F64: {
-      double* p = static_cast<double*>(to.data) + offset;
-      for (int64_t i = 0; i < count; ++i) p[i] = double(from[i]);
-      break;
-    }
-    case DataType::BF16: {
-      uint16_t* p = static_cast<uint16_t*>(to.data) + offset;
-      for (int64_t i = 0; i < count; ++i) p[i] = BfloatFromFloat(float(from[i]));
-      break;
-    }
-    default: {
-      uint16_t* p = static_cast<uint16_t*>(to.data) + offset;
-      for (int64_t i = 0; i < count; ++i) p[i] = HalfFromFloat(float(from[i]));
-      break;
-    }
-  }
+  WithElement(to.dtype, [&](auto* element) {
+    auto* p = static_cast<decltype(element)>(to.data) + offset;
+    int64_t i = 0;
+    for (; i + kLanes<T> <= count; i += kLanes<T>) Narrow<T>(LoadUnaligned<Vec<T>>(from + i), p + i);
+    if (i < count) NarrowPart<T>(WidenPart<T>(from + i, count - i), count - i, p + i);
+  });
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -210,63 +250,115 @@ struct Place {
   int64_t channel_stride;  // between channels; one of the two is 1
 };
 
+// Asks for the cache lines of a tile ahead of its use: its rows lie too far apart for the hardware
+// to see them coming, and often on as many pages. The empty asm is there because GCC
+// drops calls of functions that do nothing but prefetch.
+template <bool kWrite = false>
+inline void Prefetch(const Array& array, const Place& at, int64_t rows, int64_t channels) {
+  const int64_t size = static_cast<int64_t>(ffi::ByteWidth(array.dtype));
+  const bool by_row = at.channel_stride == 1;
+  const int64_t lines = by_row ? rows : channels, bytes = (by_row ? channels : rows) * size;
+  const int64_t stride = (by_row ? at.row_stride : at.channel_stride) * size;
+  const char* first = static_cast<const char*>(array.data) + at.offset * size;
+  for (int64_t i = 0; i < lines; ++i, first += stride)
+    for (int64_t byte = 0; byte < bytes; byte += 64)
+      __builtin_prefetch(first + byte, kWrite ? 1 : 0);
+  __asm__ volatile("");
+}
+
 template <typename T>
 void LoadTile(const Array& from, const Place& at, int64_t rows, int64_t channels, Vec<T>* to) {
   constexpr int kWidth = kLanes<T>;
-  T* out = reinterpret_cast<T*>(to);
-  if (at.channel_stride == 1) {
-    for (int64_t r = 0; r < rows; ++r) {
-      T* row = out + r * kWidth;
-      if (channels < kWidth) to[r] = Vec<T>{};
+  WithElement(from.dtype, [&](auto* element) {
+    const auto* first = static_cast<decltype(element)>(from.data) + at.offset;
+    if (at.channel_stride == 1) {
       if (channels == kWidth)
-        ToReal(from, at.offset + r * at.row_stride, kWidth, row);
+        for (int64_t r = 0; r < rows; ++r) to[r] = Widen<T>(first + r * at.row_stride);
       else
-        ToReal(from, at.offset + r * at.row_stride, channels, row);
+        for (int64_t r = 0; r < rows; ++r) to[r] = WidenPart<T>(first + r * at.row_stride, channels);
+      return;
     }
-    return;
-  }
-  for (int64_t begin = 0; begin < rows; begin += kWidth) {
-    int64_t count = std::min<int64_t>(kWidth, rows - begin);
-    Vec<T> square[kWidth] = {};
-    for (int64_t c = 0; c < channels; ++c) {
-      int64_t offset = at.offset + c * at.channel_stride + begin * at.row_stride;
-      T* row = reinterpret_cast<T*>(&square[c]);
-      if (at.row_stride != 1)
-        for (int64_t i = 0; i < count; ++i) ToReal(from, offset + i * at.row_stride, 1, row + i);
-      else if (count == kWidth)
-        ToReal(from, offset, kWidth, row);
-      else
-        ToReal(from, offset, count, row);
+    for (int64_t begin = 0; begin < rows; begin += kWidth) {
+      const int64_t count = std::min<int64_t>(kWidth, rows - begin);
+      Vec<T> square[kWidth] = {};
+      for (int64_t c = 0; c < channels; ++c) {
+        const auto* row = first + c * at.channel_stride + begin;
+        square[c] = count == kWidth ? Widen<T>(row) : WidenPart<T>(row, count);
+      }
+      Transpose<T>(square);
+      for (int64_t i = 0; i < count; ++i) to[begin + i] = square[i];
     }
-    Transpose<T>(square);
-    for (int64_t i = 0; i < count; ++i) to[begin + i] = square[i];
-  }
+  });
 }
 
 template <typename T>
 void StoreTile(const Vec<T>* from, int64_t rows, int64_t channels, const Array& to,
                const Place& at) {
   constexpr int kWidth = kLanes<T>;
-  if (at.channel_stride == 1) {
-    const T* in = reinterpret_cast<const T*>(from);
-    for (int64_t r = 0; r < rows; ++r)
-      FromReal(in + r * kWidth, channels, to, at.offset + r * at.row_stride);
-    return;
-  }
-  for (int64_t begin = 0; begin < rows; begin += kWidth) {
-    int64_t count = std::min<int64_t>(kWidth, rows - begin);
-    Vec<T> square[kWidth] = {};
-    for (int64_t i = 0; i < count; ++i) square[i] = from[begin + i];
-    Transpose<T>(square);
-    for (int64_t c = 0; c < channels; ++c) {
-      int64_t offset = at.offset + c * at.channel_stride + begin * at.row_stride;
-      const T* row = reinterpret_cast<const T*>(&square[c]);
-      if (at.row_stride != 1)
-        for (int64_t i = 0; i < count; ++i) FromReal(row + i, 1, to, offset + i * at.row_stride);
+  WithElement(to.dtype, [&](auto* element) {
+    auto* first = static_cast<decltype(element)>(to.data) + at.offset;
+    if (at.channel_stride == 1) {
+      if (channels == kWidth)
+        for (int64_t r = 0; r < rows; ++r) Narrow<T>(from[r], first + r * at.row_stride);
       else
-        FromReal(row, count, to, offset);
+        for (int64_t r = 0; r < rows; ++r) NarrowPart<T>(from[r], channels, first + r * at.row_stride);
+      return;
     }
-  }
+    for (int64_t begin = 0; begin < rows; begin += kWidth) {
+      const int64_t count = std::min<int64_t>(kWidth, rows - begin);
+      Vec<T> square[kWidth] = {};
+      for (int64_t i = 0; i < count; ++i) square[i] = from[begin + i];
+      Transpose<T>(square);
+      for (int64_t c = 0; c < channels; ++c) {
+        auto* row = first + c * at.channel_stride + begin;
+        if (count == kWidth)
+          Narrow<T>(square[c], row);
+        else
+          NarrowPart<T>(square[c], count, row);
+      }
+    }
+  });
+}
+
+// A tile's rows as vectors: where they lie, if they can be used as they are (channels next to each
+// other, a full block, in the compute type), or in scratch.
+template <typename T>
+struct Rows {
+  const T* first;
+  int64_t stride;
+  Vec<T> operator[](int64_t r) const { return LoadUnaligned<Vec<T>>(first + r * stride); }
+};
+template <typename T>
+struct WritableRows {
+  T* first;
+  int64_t stride;
+  void Set(int64_t r, Vec<T> v) const { StoreUnaligned(v, first + r * stride); }
+};
+
+template <typename T>
+inline bool InPlace(const Array& array, const Place& at, int64_t channels) {
+  constexpr DataType kType = sizeof(T) == 4 ? DataType::F32 : DataType::F64;
+  return array.dtype == kType && at.channel_stride == 1 && channels == kLanes<T>;
+}
+template <typename T>
+inline Rows<T> ReadTile(const Array& from, const Place& at, int64_t rows, int64_t channels,
+                        Vec<T>* scratch) {
+  if (InPlace<T>(from, at, channels))
+    return {static_cast<const T*>(from.data) + at.offset, at.row_stride};
+  LoadTile<T>(from, at, rows, channels, scratch);
+  return {reinterpret_cast<const T*>(scratch), kLanes<T>};
+}
+// What is set in these rows reaches memory with FinishTile.
+template <typename T>
+inline WritableRows<T> WriteTile(const Array& to, const Place& at, int64_t channels,
+                                 Vec<T>* scratch) {
+  if (InPlace<T>(to, at, channels)) return {static_cast<T*>(to.data) + at.offset, at.row_stride};
+  return {reinterpret_cast<T*>(scratch), kLanes<T>};
+}
+template <typename T>
+inline void FinishTile(const Vec<T>* scratch, int64_t rows, int64_t channels, const Array& to,
+                       const Place& at) {
+  if (!InPlace<T>(to, at, channels)) StoreTile<T>(scratch, rows, channels, to, at);
 }
 
 // The same for tiles of numbers: a complex array is one of reals, with the parts interleaved.
@@ -332,12 +424,17 @@ class Scratch {
 struct Slice {
   Slice(const Problem& p, const Tasks& tasks, int64_t task)
       : p(p),
-        batch(task / tasks.slices),
+        part(task / tasks.slices),
         slice(task % tasks.slices),
         group(slice / tasks.slices_per_group) {
-    int64_t begin_in_group = slice % tasks.slices_per_group * tasks.slice_dim;
+    const int64_t begin_in_group = slice % tasks.slices_per_group * tasks.slice_dim;
     begin = group * p.group_dim() + begin_in_group;
     dim = std::min(tasks.slice_dim, p.group_dim() - begin_in_group);
+    const int64_t instance_rows = p.batch / p.instances;
+    const int64_t begin_in_instance = part % tasks.parts_per_instance * tasks.rows;
+    first_row = part / tasks.parts_per_instance * instance_rows + begin_in_instance;
+    last_row = first_row + std::min(tasks.rows, instance_rows - begin_in_instance);
+    batch = first_row;
   }
 
   // A tile of u, delta, z, out and their cotangents.
@@ -351,8 +448,10 @@ struct Slice {
   }
   Place Vector(int64_t channel) const { return {p.instance(batch) * p.dim + channel, 0, 1}; }
   Place State(int64_t channel) const { return {(batch * p.dim + channel) * p.dstate, 1, p.dstate}; }
+  // The state on entering a chunk; that of the first one in processing order is not saved.
   Place Saved(int64_t channel, int64_t chunk) const {
-    return {(batch * p.num_chunks() + chunk) * p.dstate * p.dim + channel, p.dim, 1};
+    const int64_t row = batch * (p.num_chunks() - 1) + chunk - (p.reverse ? 0 : 1);
+    return {row * p.dstate * p.dim + channel, p.dim, 1};
   }
   // Varying B or C: the number of state n at step t is at offset + t * time + n * state.
   struct Varying {
@@ -364,15 +463,20 @@ struct Slice {
     return {(batch * p.groups + group) * p.dstate * p.length, 1, p.length};
   }
   bool Restarts(int64_t t) const {
+    const int64_t previous = p.reverse ? t + 1 : t - 1;
+    if (previous < 0 || previous >= p.length) return false;
+    if (p.restart_every && t / p.restart_every != previous / p.restart_every) return true;
     if (!p.operands.segment_ids) return false;
     const int32_t* ids =
         static_cast<const int32_t*>(p.operands.segment_ids.data) + batch * p.length;
-    int64_t previous = p.reverse ? t + 1 : t - 1;
-    return previous >= 0 && previous < p.length && ids[t] != ids[previous];
+    return ids[t] != ids[previous];
   }
 
   const Problem& p;
-  int64_t batch, slice, group, begin, dim;
+  int64_t part, slice, group;
+  int64_t begin, dim;           // channels
+  int64_t first_row, last_row;  // of the batch
+  int64_t batch;                // the row that places lie in
 };
 
 // Loads varying B or C of a chunk into (steps, dstate) reals or pairs of reals.
@@ -445,31 +549,42 @@ struct Walk {
   int64_t Row(int64_t i) const { return reverse ? steps - 1 - i : i; }
 };
 
-// delta after bias and softplus and its derivative's factor, delta u, from the operands of one
-// block.
+// What the walk over one block reads, from the operands: delta after bias and softplus, delta u,
+// and in the backward pass slope, the derivative of delta by what the caller gave as delta.
 template <typename T>
 struct BlockInputs {
-  Vec<T>*u, *delta, *source,
-      *slope;  // rows; slope (d delta / d raw delta) is null in the forward pass
+  Vec<T>*u_scratch, *delta, *source, *slope;  // slope is null in the forward pass
+  Rows<T> u{};
 };
 
 template <typename T>
 void LoadInputs(const Slice& s, int64_t channel, int64_t channels, int64_t t0, int64_t steps,
-                const BlockInputs<T>& to) {
+                BlockInputs<T>& to) {
   const Operands& o = s.p.operands;
-  Place at = s.Sequence(channel, t0);
-  LoadTile<T>(o.u, at, steps, channels, to.u);
-  LoadTile<T>(o.delta, at, steps, channels, to.delta);
+  const Place at = s.Sequence(channel, t0);
+  const Rows<T> u = to.u = ReadTile<T>(o.u, at, steps, channels, to.u_scratch);
+  const Rows<T> raw = ReadTile<T>(o.delta, at, steps, channels, to.delta);
   Vec<T> bias{};
   if (o.delta_bias) LoadTile<T>(o.delta_bias, s.Vector(channel), 1, channels, &bias);
+  Vec<T>*delta = to.delta, *source = to.source, *slope = to.slope;
+  if (!s.p.delta_softplus) {
+    for (int64_t t = 0; t < steps; ++t) {
+      const Vec<T> x = raw[t] + bias;
+      delta[t] = x;
+      source[t] = x * u[t];
+      if (slope) slope[t] = Splat(T(1));
+    }
+    return;
+  }
+  if (slope)
+    for (int64_t t = 0; t < steps; ++t) {
+      const Vec<T> x = raw[t] + bias;
+      slope[t] = x > T(20) ? Splat(T(1)) : Sigmoid<T>(x);
+    }
   for (int64_t t = 0; t < steps; ++t) {
-    Vec<T> raw = to.delta[t] + bias;
-    if (to.slope)
-      to.slope[t] =
-          s.p.delta_softplus ? (raw > T(20) ? Splat(T(1)) : Sigmoid<T>(raw)) : Splat(T(1));
-    if (s.p.delta_softplus) raw = Softplus<T>(raw);
-    to.delta[t] = raw;
-    to.source[t] = raw * to.u[t];
+    const Vec<T> x = Softplus<T>(raw[t] + bias);
+    delta[t] = x;
+    source[t] = x * u[t];
   }
 }
 
@@ -478,7 +593,7 @@ void ForwardTask(const Forward& p, const Tasks& tasks, int64_t task) {
   using T = typename N::Scalar;
   using V = Vec<T>;
   constexpr int kWidth = kLanes<T>;
-  const Slice s(p, tasks, task);
+  Slice s(p, tasks, task);
   const Operands& o = p.operands;
   const int64_t blocks = (s.dim + kWidth - 1) / kWidth, dstate = p.dstate;
 
@@ -504,10 +619,6 @@ void ForwardTask(const Forward& p, const Tasks& tasks, int64_t task) {
     for (int64_t n = 0; n < dstate; ++n) rate[b * dstate + n] = Rate(rate[b * dstate + n]);
     if (!p.B_varies) LoadNumbers(o.B, s.Weight(channel), dstate, channels, fixed_B + b * dstate);
     if (!p.C_varies) LoadNumbers(o.C, s.Weight(channel), dstate, channels, fixed_C + b * dstate);
-    if (o.initial_state)
-      LoadNumbers(o.initial_state, s.State(channel), dstate, channels, state + b * dstate);
-    else
-      std::fill_n(state + b * dstate, dstate, N{});
   });
 
   auto run_block = [&](const Walk& walk, int64_t b, auto B, auto C) {
@@ -520,16 +631,19 @@ void ForwardTask(const Forward& p, const Tasks& tasks, int64_t task) {
       for (int n = 0; n < kCount; ++n) rates[n] = A[n0 + n], states[n] = h[n0 + n];
       for (int64_t i = 0; i < walk.steps; ++i) {
         const int64_t t = walk.Row(i);
-        if (restarts[t])
-#pragma GCC unroll 8
-          for (int n = 0; n < kCount; ++n) states[n] = N{};
         const V delta = in.delta[t], source = in.source[t];
         V sum = y[t];
+        // A restart needs no decay, and lets not even NaN pass.
+        if (restarts[t]) {
 #pragma GCC unroll 8
-        for (int n = 0; n < kCount; ++n) {
-          states[n] = Decay<T>(rates[n], delta) * states[n] + B.At(t, n0 + n) * source;
-          sum += RealOfProduct(C.At(t, n0 + n), states[n]);
+          for (int n = 0; n < kCount; ++n) states[n] = B.At(t, n0 + n) * source;
+        } else {
+#pragma GCC unroll 8
+          for (int n = 0; n < kCount; ++n)
+            states[n] = Decay<T>(rates[n], delta) * states[n] + B.At(t, n0 + n) * source;
         }
+#pragma GCC unroll 8
+        for (int n = 0; n < kCount; ++n) sum += RealOfProduct(C.At(t, n0 + n), states[n]);
         y[t] = sum;
       }
 #pragma GCC unroll 8
@@ -537,43 +651,72 @@ void ForwardTask(const Forward& p, const Tasks& tasks, int64_t task) {
     });
   };
 
-  const int64_t chunks = p.num_chunks();
-  for (int64_t i = 0; i < chunks; ++i) {
-    const int64_t chunk = p.reverse ? chunks - 1 - i : i, t0 = chunk * p.chunk;
+  // The inputs of the next block, while this one is computed.
+  auto prefetch_after = [&](int64_t b, int64_t t0) {
+    if (++b == blocks) b = 0, t0 += p.reverse ? -p.chunk : p.chunk;
+    if (t0 < 0 || t0 >= p.length) return;
+    const Place at = s.Sequence(s.begin + b * kWidth, t0);
+    const int64_t steps = std::min(p.chunk, p.length - t0);
+    const int64_t channels = std::min<int64_t>(kWidth, s.dim - b * kWidth);
+    Prefetch(o.u, at, steps, channels);
+    Prefetch(o.delta, at, steps, channels);
+    if (o.z) Prefetch(o.z, at, steps, channels);
+    Prefetch<true>(p.out, at, steps, channels);
+  };
+
+  auto run_chunk = [&](int64_t chunk, bool from_start) {
+    const int64_t t0 = chunk * p.chunk;
     const Walk walk{std::min(p.chunk, p.length - t0), p.reverse};
     if (p.B_varies) LoadProjection<N>(s, o.B, t0, walk.steps, varying_B);
     if (p.C_varies) LoadProjection<N>(s, o.C, t0, walk.steps, varying_C);
     for (int64_t t = 0; t < walk.steps; ++t) restarts[t] = s.Restarts(t0 + t);
     each_block([&](int64_t b, int64_t channel, int64_t channels) {
-      StoreNumbers(state + b * dstate, dstate, channels, p.states, s.Saved(channel, chunk));
+      if (p.states && !from_start)
+        StoreNumbers(state + b * dstate, dstate, channels, p.states, s.Saved(channel, chunk));
       LoadInputs<T>(s, channel, channels, t0, walk.steps, in);
+      prefetch_after(b, t0);
       std::fill_n(y, walk.steps, V{});
       const N *B = fixed_B + b * dstate, *C = fixed_C + b * dstate;
+      using Varying = Projection<N, true>;
+      using Fixed = Projection<N, false>;
       if (p.B_varies && p.C_varies)
-        run_block(walk, b, Projection<N, true>{varying_B, B, dstate},
-                  Projection<N, true>{varying_C, C, dstate});
+        run_block(walk, b, Varying{varying_B, B, dstate}, Varying{varying_C, C, dstate});
       else if (p.B_varies)
-        run_block(walk, b, Projection<N, true>{varying_B, B, dstate},
-                  Projection<N, false>{varying_C, C, dstate});
+        run_block(walk, b, Varying{varying_B, B, dstate}, Fixed{varying_C, C, dstate});
       else if (p.C_varies)
-        run_block(walk, b, Projection<N, false>{varying_B, B, dstate},
-                  Projection<N, true>{varying_C, C, dstate});
+        run_block(walk, b, Fixed{varying_B, B, dstate}, Varying{varying_C, C, dstate});
       else
-        run_block(walk, b, Projection<N, false>{varying_B, B, dstate},
-                  Projection<N, false>{varying_C, C, dstate});
+        run_block(walk, b, Fixed{varying_B, B, dstate}, Fixed{varying_C, C, dstate});
       V D{};
       if (o.D) LoadTile<T>(o.D, s.Vector(channel), 1, channels, &D);
-      if (o.z) LoadTile<T>(o.z, s.Sequence(channel, t0), walk.steps, channels, gate);
-      for (int64_t t = 0; t < walk.steps; ++t) {
-        V out = (N::kComplex ? T(2) * y[t] : y[t]) + D * in.u[t];
-        y[t] = o.z ? out * (gate[t] * Sigmoid<T>(gate[t])) : out;
+      const Place at = s.Sequence(channel, t0);
+      const WritableRows<T> out = WriteTile<T>(p.out, at, channels, y);
+      auto ungated = [&](int64_t t) { return (N::kComplex ? T(2) * y[t] : y[t]) + D * in.u[t]; };
+      if (o.z) {
+        const Rows<T> z = ReadTile<T>(o.z, at, walk.steps, channels, gate);
+        for (int64_t t = 0; t < walk.steps; ++t)
+          out.Set(t, ungated(t) * (z[t] * Sigmoid<T>(z[t])));
+      } else {
+        for (int64_t t = 0; t < walk.steps; ++t) out.Set(t, ungated(t));
       }
-      StoreTile<T>(y, walk.steps, channels, p.out, s.Sequence(channel, t0));
+      FinishTile<T>(y, walk.steps, channels, p.out, at);
+    });
+  };
+
+  const int64_t chunks = p.num_chunks();
+  for (s.batch = s.first_row; s.batch < s.last_row; ++s.batch) {
+    each_block([&](int64_t b, int64_t channel, int64_t channels) {
+      if (o.initial_state)
+        LoadNumbers(o.initial_state, s.State(channel), dstate, channels, state + b * dstate);
+      else
+        std::fill_n(state + b * dstate, dstate, N{});
+    });
+    for (int64_t i = 0; i < chunks; ++i) run_chunk(p.reverse ? chunks - 1 - i : i, i == 0 || p.restart_every);
+    if (!p.last_state) continue;
+    each_block([&](int64_t b, int64_t channel, int64_t channels) {
+      StoreNumbers(state + b * dstate, dstate, channels, p.last_state, s.State(channel));
     });
   }
-  each_block([&](int64_t b, int64_t channel, int64_t channels) {
-    StoreNumbers(state + b * dstate, dstate, channels, p.last_state, s.State(channel));
-  });
 }
 
 // The scratch of the reverse walk over one block and chunk.
@@ -589,7 +732,7 @@ void BackwardTask(const Backward& p, const Tasks& tasks, const Workspace& worksp
   using V = Vec<T>;
   constexpr int kWidth = kLanes<T>;
   constexpr int kMost = kGroup<N>;
-  const Slice s(p, tasks, task);
+  Slice s(p, tasks, task);
   const Operands& o = p.operands;
   const int64_t blocks = (s.dim + kWidth - 1) / kWidth, dstate = p.dstate;
   const int64_t channel_states = blocks * dstate;
@@ -608,7 +751,7 @@ void BackwardTask(const Backward& p, const Tasks& tasks, const Workspace& worksp
   const int64_t dC_count = p.C_varies ? p.chunk * dstate : channel_states;
   N* dB = scratch.Take<N>(dB_count);
   N* dC = scratch.Take<N>(dC_count);
-  V* rows = scratch.Take<V>(9 * p.chunk);
+  V* rows = scratch.Take<V>(10 * p.chunk);
   auto take_rows = [&] {
     V* first = rows;
     rows += p.chunk;
@@ -616,7 +759,7 @@ void BackwardTask(const Backward& p, const Tasks& tasks, const Workspace& worksp
   };
   BlockInputs<T> in{take_rows(), take_rows(), take_rows(), take_rows()};
   V *y = take_rows(), *dy = take_rows(), *gate = take_rows(), *d_delta = take_rows(),
-    *d_source = take_rows();
+    *d_source = take_rows(), *d_u = take_rows();
   History<N> history{scratch.Take<N>((p.chunk + 1) * kMost), scratch.Take<N>(p.chunk * kMost)};
   V* dD = scratch.Take<V>(blocks);
   V* d_bias = scratch.Take<V>(blocks);
@@ -635,7 +778,6 @@ void BackwardTask(const Backward& p, const Tasks& tasks, const Workspace& worksp
     LoadNumbers(o.A, s.Weight(channel), dstate, channels, A + b * dstate);
     if (!p.B_varies) LoadNumbers(o.B, s.Weight(channel), dstate, channels, fixed_B + b * dstate);
     if (!p.C_varies) LoadNumbers(o.C, s.Weight(channel), dstate, channels, fixed_C + b * dstate);
-    LoadNumbers(p.last_state_cotangent, s.State(channel), dstate, channels, adjoint + b * dstate);
   });
 
   auto run_block = [&](const Walk& walk, int64_t b, auto B, auto C) {
@@ -656,14 +798,21 @@ void BackwardTask(const Backward& p, const Tasks& tasks, const Workspace& worksp
         V sum = y[t];
         N* next = history.states + (i + 1) * kCount;
         N* decays = history.decays + i * kCount;
-        if (restarts[t])
+        if (restarts[t]) {
 #pragma GCC unroll 8
-          for (int n = 0; n < kCount; ++n) values[n] = N{};
+          for (int n = 0; n < kCount; ++n) {
+            values[n] = B.At(t, n0 + n) * source;
+            decays[n] = N{};
+          }
+        } else {
+#pragma GCC unroll 8
+          for (int n = 0; n < kCount; ++n) {
+            decays[n] = Decay<T>(rates[n], delta);
+            values[n] = decays[n] * values[n] + B.At(t, n0 + n) * source;
+          }
+        }
 #pragma GCC unroll 8
         for (int n = 0; n < kCount; ++n) {
-          const N decay = Decay<T>(rates[n], delta);
-          values[n] = decay * values[n] + B.At(t, n0 + n) * source;
-          decays[n] = decay;
           next[n] = values[n];
           sum += RealOfProduct(C.At(t, n0 + n), values[n]);
         }
@@ -716,16 +865,29 @@ void BackwardTask(const Backward& p, const Tasks& tasks, const Workspace& worksp
 
   // A varying gradient's sum over the lanes of a vector, into this task's partial sums.
   auto store_partial = [&](const N* from, char* to, int64_t t0, int64_t steps) {
-    T* row = reinterpret_cast<T*>(to) + (task * p.length + t0) * dstate * N::kParts;
-    for (int64_t i = 0; i < steps * dstate; ++i) {
-      row[i * N::kParts] = HorizontalSum<T>(from[i].re);
-      if constexpr (N::kComplex) row[2 * i + 1] = HorizontalSum<T>(from[i].im);
-    }
+    const int64_t step = (s.batch * tasks.slices + s.slice) * p.length + t0;
+    LaneSums<T>(reinterpret_cast<const V*>(from), steps * dstate * N::kParts,
+                reinterpret_cast<T*>(to) + step * dstate * N::kParts);
   };
 
-  const int64_t chunks = p.num_chunks();
-  for (int64_t i = chunks - 1; i >= 0; --i) {
-    const int64_t chunk = p.reverse ? chunks - 1 - i : i, t0 = chunk * p.chunk;
+  // The inputs of the next block, while this one is computed.
+  auto prefetch_after = [&](int64_t b, int64_t t0) {
+    if (++b == blocks) b = 0, t0 -= p.reverse ? -p.chunk : p.chunk;
+    if (t0 < 0 || t0 >= p.length) return;
+    const Place at = s.Sequence(s.begin + b * kWidth, t0);
+    const int64_t steps = std::min(p.chunk, p.length - t0);
+    const int64_t channels = std::min<int64_t>(kWidth, s.dim - b * kWidth);
+    Prefetch(o.u, at, steps, channels);
+    Prefetch(o.delta, at, steps, channels);
+    Prefetch(p.out_cotangent, at, steps, channels);
+    if (o.z) Prefetch(o.z, at, steps, channels);
+    Prefetch<true>(p.cotangents.u, at, steps, channels);
+    Prefetch<true>(p.cotangents.delta, at, steps, channels);
+    if (o.z) Prefetch<true>(p.cotangents.z, at, steps, channels);
+  };
+
+  auto run_chunk = [&](int64_t chunk, bool from_start) {
+    const int64_t t0 = chunk * p.chunk;
     const Walk walk{std::min(p.chunk, p.length - t0), p.reverse};
     if (p.B_varies) LoadProjection<N>(s, o.B, t0, walk.steps, varying_B);
     if (p.C_varies) LoadProjection<N>(s, o.C, t0, walk.steps, varying_C);
@@ -734,17 +896,25 @@ void BackwardTask(const Backward& p, const Tasks& tasks, const Workspace& worksp
     for (int64_t t = 0; t < walk.steps; ++t) restarts[t] = s.Restarts(t0 + t);
     each_block([&](int64_t b, int64_t channel, int64_t channels) {
       const Place at = s.Sequence(channel, t0);
-      LoadNumbers(p.states, s.Saved(channel, chunk), dstate, channels, entry);
+      if (!from_start)
+        LoadNumbers(p.states, s.Saved(channel, chunk), dstate, channels, entry);
+      else if (o.initial_state)
+        LoadNumbers(o.initial_state, s.State(channel), dstate, channels, entry);
+      else
+        std::fill_n(entry, dstate, N{});
       LoadInputs<T>(s, channel, channels, t0, walk.steps, in);
-      LoadTile<T>(p.out_cotangent, at, walk.steps, channels, dy);
+      const Rows<T> d_out = ReadTile<T>(p.out_cotangent, at, walk.steps, channels, dy);
       if (o.z) {
-        LoadTile<T>(o.z, at, walk.steps, channels, gate);
+        const Rows<T> z_rows = ReadTile<T>(o.z, at, walk.steps, channels, gate);
         for (int64_t t = 0; t < walk.steps; ++t) {
-          const V z = gate[t], sigmoid = Sigmoid<T>(z);
-          gate[t] = dy[t] * sigmoid * (T(1) + z * (T(1) - sigmoid));  // the derivative of silu
-          dy[t] = dy[t] * (z * sigmoid);
+          const V z = z_rows[t], sigmoid = Sigmoid<T>(z), d = d_out[t];
+          gate[t] = d * sigmoid * (T(1) + z * (T(1) - sigmoid));  // the derivative of silu
+          dy[t] = d * (z * sigmoid);
         }
+      } else {
+        for (int64_t t = 0; t < walk.steps; ++t) dy[t] = d_out[t];
       }
+      prefetch_after(b, t0);
       // y = 2 Re sum C h for complex numbers: the walk sees its cotangent doubled.
       if constexpr (N::kComplex)
         for (int64_t t = 0; t < walk.steps; ++t) dy[t] = T(2) * dy[t];
@@ -766,39 +936,61 @@ void BackwardTask(const Backward& p, const Tasks& tasks, const Workspace& worksp
       V D{};
       if (o.D) LoadTile<T>(o.D, s.Vector(channel), 1, channels, &D);
       V D_sum = dD[b], bias_sum = d_bias[b];
+      const WritableRows<T> to_u = WriteTile<T>(p.cotangents.u, at, channels, d_u);
+      const WritableRows<T> to_delta = WriteTile<T>(p.cotangents.delta, at, channels, d_delta);
       for (int64_t t = 0; t < walk.steps; ++t) {
-        const V u = in.u[t], d_out = N::kComplex ? T(0.5) * dy[t] : dy[t];
-        gate[t] = gate[t] * ((N::kComplex ? T(2) * y[t] : y[t]) + D * u);
-        in.u[t] = d_source[t] * in.delta[t] + D * d_out;
-        D_sum += d_out * u;
-        d_delta[t] = (d_delta[t] + d_source[t] * u) * in.slope[t];
-        bias_sum += d_delta[t];
+        const V u = in.u[t], d_y = N::kComplex ? T(0.5) * dy[t] : dy[t];
+        to_u.Set(t, d_source[t] * in.delta[t] + D * d_y);
+        D_sum += d_y * u;
+        const V d_raw = (d_delta[t] + d_source[t] * u) * in.slope[t];
+        to_delta.Set(t, d_raw);
+        bias_sum += d_raw;
       }
       dD[b] = D_sum;
       d_bias[b] = bias_sum;
-      StoreTile<T>(in.u, walk.steps, channels, p.cotangents.u, at);
-      StoreTile<T>(d_delta, walk.steps, channels, p.cotangents.delta, at);
-      if (o.z) StoreTile<T>(gate, walk.steps, channels, p.cotangents.z, at);
+      FinishTile<T>(d_u, walk.steps, channels, p.cotangents.u, at);
+      FinishTile<T>(d_delta, walk.steps, channels, p.cotangents.delta, at);
+      if (o.z) {
+        const WritableRows<T> to_z = WriteTile<T>(p.cotangents.z, at, channels, gate);
+        for (int64_t t = 0; t < walk.steps; ++t)
+          to_z.Set(t, gate[t] * ((N::kComplex ? T(2) * y[t] : y[t]) + D * in.u[t]));
+        FinishTile<T>(gate, walk.steps, channels, p.cotangents.z, at);
+      }
     });
     if (p.B_varies) store_partial(dB, workspace.B, t0, walk.steps);
     if (p.C_varies) store_partial(dC, workspace.C, t0, walk.steps);
+  };
+
+  const int64_t chunks = p.num_chunks();
+  for (s.batch = s.first_row; s.batch < s.last_row; ++s.batch) {
+    each_block([&](int64_t b, int64_t channel, int64_t channels) {
+      if (p.last_state_cotangent)
+        LoadNumbers(p.last_state_cotangent, s.State(channel), dstate, channels,
+                    adjoint + b * dstate);
+      else
+        std::fill_n(adjoint + b * dstate, dstate, N{});
+    });
+    for (int64_t i = chunks - 1; i >= 0; --i) run_chunk(p.reverse ? chunks - 1 - i : i, i == 0 || p.restart_every);
+    if (!o.initial_state) continue;
+    each_block([&](int64_t b, int64_t channel, int64_t channels) {
+      StoreNumbers(adjoint + b * dstate, dstate, channels, p.cotangents.initial_state,
+                   s.State(channel));
+    });
   }
 
   const DataType real = ffi::ToReal(p.state);
   each_block([&](int64_t b, int64_t channel, int64_t channels) {
+    const Place weight{(s.part * p.dim + channel) * dstate, 1, dstate};
+    const Place per_channel{s.part * p.dim + channel, 0, 1};
     auto store = [&](const N* from, char* to) {
-      StoreNumbers(from + b * dstate, dstate, channels, Array{to, p.state}, s.State(channel));
+      StoreNumbers(from + b * dstate, dstate, channels, Array{to, p.state}, weight);
     };
     store(dA, workspace.A);
     if (!p.B_varies) store(dB, workspace.B);
     if (!p.C_varies) store(dC, workspace.C);
-    const Place per_channel{s.batch * p.dim + channel, 0, 1};
     if (o.D) StoreTile<T>(dD + b, 1, channels, Array{workspace.D, real}, per_channel);
     if (o.delta_bias)
       StoreTile<T>(d_bias + b, 1, channels, Array{workspace.delta_bias, real}, per_channel);
-    if (o.initial_state)
-      StoreNumbers(adjoint + b * dstate, dstate, channels, p.cotangents.initial_state,
-                   s.State(channel));
   });
 }
 
@@ -813,44 +1005,45 @@ void SumRows(const T* from, int64_t rows, int64_t stride, int64_t count, T* to) 
 template <typename N>
 void ReducePart(const Backward& p, const Tasks& tasks, const Workspace& workspace, int64_t part) {
   using T = typename N::Scalar;
-  const int64_t dstate = p.dstate * N::kParts, steps = p.length * dstate;
-  Array none{nullptr, ffi::ToReal(p.state)};
-  if (part < p.batch) {
-    Scratch scratch;
-    T* sum = scratch.Take<T>(dstate);
-    auto reduce = [&](const char* partial, Array to) {
-      // A complex result is written as the reals it is made of.
-      if (N::kComplex) to.dtype = none.dtype;
-      for (int64_t g = 0; g < p.groups; ++g) {
-        const T* first = reinterpret_cast<const T*>(partial) +
-                         (part * tasks.slices + g * tasks.slices_per_group) * steps;
-        for (int64_t t = 0; t < p.length; ++t) {
-          SumRows(first + t * dstate, tasks.slices_per_group, steps, dstate, sum);
-          if (p.channel_last) {
-            FromReal(sum, dstate, to, ((part * p.length + t) * p.groups + g) * dstate);
-          } else {
-            for (int64_t n = 0; n < p.dstate; ++n)
-              FromReal(sum + n * N::kParts, N::kParts, to,
-                       (((part * p.groups + g) * p.dstate + n) * p.length + t) * N::kParts);
-          }
-        }
-      }
+  const int64_t dstate = p.dstate * N::kParts;
+  if (part == 0) {
+    auto reduce = [&](const char* partial, const Array& to, int64_t count) {
+      const int64_t rows = tasks.parts_per_instance;
+      for (int64_t i = 0; i < p.instances; ++i)
+        SumRows(reinterpret_cast<const T*>(partial) + i * rows * count, rows, count, count,
+                static_cast<T*>(to.data) + i * count);
     };
-    if (p.B_varies) reduce(workspace.B, p.cotangents.B);
-    if (p.C_varies) reduce(workspace.C, p.cotangents.C);
+    reduce(workspace.A, p.cotangents.A, p.dim * dstate);
+    if (!p.B_varies) reduce(workspace.B, p.cotangents.B, p.dim * dstate);
+    if (!p.C_varies) reduce(workspace.C, p.cotangents.C, p.dim * dstate);
+    if (p.operands.D) reduce(workspace.D, p.cotangents.D, p.dim);
+    if (p.operands.delta_bias) reduce(workspace.delta_bias, p.cotangents.delta_bias, p.dim);
     return;
   }
-  auto reduce = [&](const char* partial, const Array& to, int64_t count) {
-    const int64_t rows = p.batch / p.instances;
-    for (int64_t i = 0; i < p.instances; ++i)
-      SumRows(reinterpret_cast<const T*>(partial) + i * rows * count, rows, count, count,
-              static_cast<T*>(to.data) + i * count);
+  const int64_t row = (part - 1) % p.batch, begin = (part - 1) / p.batch * tasks.reduce_steps;
+  const int64_t end = std::min(p.length, begin + tasks.reduce_steps);
+  Scratch scratch;
+  T* sum = scratch.Take<T>(dstate);
+  auto reduce = [&](const char* partial, Array to) {
+    // A complex result is written as the reals it is made of.
+    if (N::kComplex) to.dtype = ffi::ToReal(p.state);
+    for (int64_t g = 0; g < p.groups; ++g) {
+      const T* first = reinterpret_cast<const T*>(partial) +
+                       (row * tasks.slices + g * tasks.slices_per_group) * p.length * dstate;
+      for (int64_t t = begin; t < end; ++t) {
+        SumRows(first + t * dstate, tasks.slices_per_group, p.length * dstate, dstate, sum);
+        if (p.channel_last) {
+          FromReal(sum, dstate, to, ((row * p.length + t) * p.groups + g) * dstate);
+        } else {
+          for (int64_t n = 0; n < p.dstate; ++n)
+            FromReal(sum + n * N::kParts, N::kParts, to,
+                     (((row * p.groups + g) * p.dstate + n) * p.length + t) * N::kParts);
+        }
+      }
+    }
   };
-  reduce(workspace.A, p.cotangents.A, p.dim * dstate);
-  if (!p.B_varies) reduce(workspace.B, p.cotangents.B, p.dim * dstate);
-  if (!p.C_varies) reduce(workspace.C, p.cotangents.C, p.dim * dstate);
-  if (p.operands.D) reduce(workspace.D, p.cotangents.D, p.dim);
-  if (p.operands.delta_bias) reduce(workspace.delta_bias, p.cotangents.delta_bias, p.dim);
+  if (p.B_varies) reduce(workspace.B, p.cotangents.B);
+  if (p.C_varies) reduce(workspace.C, p.cotangents.C);
 }
 
 // Calls run with the number type of the problem's state.

@@ -6,17 +6,22 @@
 // other code in each of those files.
 //
 // Accuracy: the polynomials of Exp2 are within 2e-9 (float) and 1e-19 (double) of 2^x, so that it
-// errs by rounding alone. Exp2 flushes to 2^-126 (2^-1022) below the smallest normal number; NaN
-// passes through everything.
+// errs by rounding alone. Below the smallest normal number Exp2 may stop at it; NaN passes through
+// everything.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 #include <utility>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 namespace jax_sscan {
 namespace {
 
+// The vector of T that fills a register, and vectors of other types with as many lanes.
 template <typename T>
 struct VectorOf;
 template <>
@@ -24,12 +29,20 @@ struct VectorOf<float> {
   using Int = int32_t;
   typedef float Type __attribute__((vector_size(JAX_SSCAN_VECTOR_BYTES)));
   typedef int32_t IntType __attribute__((vector_size(JAX_SSCAN_VECTOR_BYTES)));
+  typedef float Floats __attribute__((vector_size(JAX_SSCAN_VECTOR_BYTES)));
+  typedef double Doubles __attribute__((vector_size(JAX_SSCAN_VECTOR_BYTES * 2)));
+  typedef uint32_t Bits __attribute__((vector_size(JAX_SSCAN_VECTOR_BYTES)));
+  typedef uint16_t ShortBits __attribute__((vector_size(JAX_SSCAN_VECTOR_BYTES / 2)));
 };
 template <>
 struct VectorOf<double> {
   using Int = int64_t;
   typedef double Type __attribute__((vector_size(JAX_SSCAN_VECTOR_BYTES)));
   typedef int64_t IntType __attribute__((vector_size(JAX_SSCAN_VECTOR_BYTES)));
+  typedef float Floats __attribute__((vector_size(JAX_SSCAN_VECTOR_BYTES / 2)));
+  typedef double Doubles __attribute__((vector_size(JAX_SSCAN_VECTOR_BYTES)));
+  typedef uint32_t Bits __attribute__((vector_size(JAX_SSCAN_VECTOR_BYTES / 2)));
+  typedef uint16_t ShortBits __attribute__((vector_size(JAX_SSCAN_VECTOR_BYTES / 4)));
 };
 template <typename T>
 using Vec = typename VectorOf<T>::Type;
@@ -141,14 +154,25 @@ inline Vec<T> Horner(Vec<T> x, const T (&c)[kCount]) {
 template <typename T>
 inline Vec<T> Exp2(Vec<T> x) {
   using P = Poly<T>;
-  x = x < P::kMinExponent ? Splat(P::kMinExponent)
-                          : x;  // comparisons with NaN are false: NaN stays
+#if defined(__AVX512F__)
+  // Two instructions that do the splitting and the scaling, infinities and underflow included.
+  if constexpr (sizeof(T) == 4) {
+    Vec<T> whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT);
+    return _mm512_scalef_ps(Horner<T>(x - whole, P::kExp2), whole);
+  } else {
+    Vec<T> whole = _mm512_roundscale_pd(x, _MM_FROUND_TO_NEAREST_INT);
+    return _mm512_scalef_pd(Horner<T>(x - whole, P::kExp2), whole);
+  }
+#else
+  // Comparisons with NaN are false: NaN stays.
+  x = x < P::kMinExponent ? Splat(P::kMinExponent) : x;
   x = x > P::kMaxExponent ? Splat(P::kMaxExponent) : x;
   Vec<T> shifted = x + P::kMagic;
   Vec<T> rest = x - (shifted - P::kMagic);
   IntVec<T> exponent = BitCast<IntVec<T>>(shifted) << P::kMantissa;
   IntVec<T> scale = exponent + BitCast<typename VectorOf<T>::Int>(T(1));
   return Horner<T>(rest, P::kExp2) * BitCast<Vec<T>>(scale);
+#endif
 }
 
 constexpr double kLog2E = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
@@ -163,7 +187,8 @@ constexpr double kLn2High<double> = 6.93145751953125e-1;
 template <>
 constexpr double kLn2Low<double> = 1.42860682030941723212e-6;
 
-// e^x, saturating near the largest finite number: its callers need no infinity.
+// e^x, saturating near the largest finite number: its callers need no infinity. The product with
+// log2(e) is taken of what is left after the whole powers of two, so that it costs no accuracy.
 template <typename T>
 inline Vec<T> Exp(Vec<T> x) {
   using P = Poly<T>;
@@ -243,6 +268,24 @@ inline void Transpose(Vec<T> (&rows)[kLanes<T>]) {
         ExchangeRows<T, kBit>(rows[i], rows[i | kBit], std::make_index_sequence<kLanes<T>>());
     Transpose<T, kBit / 2>(rows);
   }
+}
+
+// to[i] = the sum of the lanes of from[i], a square of vectors at a time.
+template <typename T>
+inline void LaneSums(const Vec<T>* from, int64_t count, T* to) {
+  constexpr int kWidth = kLanes<T>;
+  int64_t i = 0;
+  for (; i + kWidth <= count; i += kWidth) {
+    Vec<T> square[kWidth];
+    for (int k = 0; k < kWidth; ++k) square[k] = from[i + k];
+    Transpose<T>(square);
+#pragma GCC unroll 4
+    for (int width = kWidth / 2; width > 0; width /= 2)
+#pragma GCC unroll 8
+      for (int k = 0; k < width; ++k) square[k] += square[k + width];
+    std::memcpy(to + i, square, sizeof(Vec<T>));
+  }
+  for (; i < count; ++i) to[i] = HorizontalSum<T>(from[i]);
 }
 
 }  // namespace

@@ -3,65 +3,16 @@
 // last of all completes the Future.
 #include "ffi/cpu_handlers.h"
 
-#include <algorithm>
-#include <atomic>
 #include <functional>
-#include <memory>
 #include <new>
 
+#include "cpu/phase.h"
 #include "cpu/scan.h"
 
 namespace jax_sscan {
 namespace {
 
-// Runs task(0) ... task(count - 1) on the pool, then done(). Errors end the phase and complete the
-// promise.
-class Phase : public std::enable_shared_from_this<Phase> {
- public:
-  static void Start(ffi::ThreadPool pool, ffi::Promise promise, int64_t count,
-                    std::function<void(int64_t)> task, std::function<void()> done) {
-    auto phase =
-        std::make_shared<Phase>(std::move(promise), count, std::move(task), std::move(done));
-    const int64_t workers = std::clamp<int64_t>(pool.num_threads(), 1, count);
-    phase->running_ = workers;
-    // The last share of the work runs here: the calling thread is one of XLA's, and free.
-    for (int64_t i = 1; i < workers; ++i) pool.Schedule([phase] { phase->Work(); });
-    phase->Work();
-  }
-
-  Phase(ffi::Promise promise, int64_t count, std::function<void(int64_t)> task,
-        std::function<void()> done)
-      : promise_(std::move(promise)),
-        count_(count),
-        task_(std::move(task)),
-        done_(std::move(done)) {}
-
- private:
-  void Work() {
-    try {
-      while (!failed_) {
-        const int64_t i = next_.fetch_add(1);
-        if (i >= count_) break;
-        task_(i);
-      }
-    } catch (const std::bad_alloc&) {
-      failed_ = true;
-    }
-    if (running_.fetch_sub(1) != 1) return;
-    if (failed_)
-      promise_.SetError(
-          ffi::Error(XLA_FFI_Error_Code_RESOURCE_EXHAUSTED, "jax_sscan: out of memory"));
-    else
-      done_();
-  }
-
-  ffi::Promise promise_;
-  const int64_t count_;
-  const std::function<void(int64_t)> task_;
-  const std::function<void()> done_;
-  std::atomic<int64_t> next_{0}, running_{0};
-  std::atomic<bool> failed_{false};
-};
+using Phase = cpu::Phase<ffi::ThreadPool>;
 
 ffi::Future Failed(ffi::Error error) {
   ffi::Promise promise;
@@ -70,8 +21,18 @@ ffi::Future Failed(ffi::Error error) {
   return future;
 }
 
-ffi::Future OutOfMemory() {
-  return Failed(ffi::Error(XLA_FFI_Error_Code_RESOURCE_EXHAUSTED, "jax_sscan: out of memory"));
+ffi::Error OutOfMemory() {
+  return ffi::Error(XLA_FFI_Error_Code_RESOURCE_EXHAUSTED, "jax_sscan: out of memory");
+}
+
+// Completes the promise of a call whose last phase is done.
+std::function<void(bool)> Complete(ffi::Promise promise) {
+  return [promise](bool completed) mutable {
+    if (completed)
+      promise.SetAvailable();
+    else
+      promise.SetError(OutOfMemory());
+  };
 }
 
 ffi::Future ForwardImpl(ffi::ThreadPool pool, bool delta_softplus, bool reverse, bool channel_last,
@@ -80,17 +41,17 @@ ffi::Future ForwardImpl(ffi::ThreadPool pool, bool delta_softplus, bool reverse,
   auto parsed =
       ParseForward({delta_softplus, reverse, channel_last, chunk, groups, instances}, args, rets);
   if (parsed.has_error()) return Failed(parsed.error());
-  const Forward p = parsed.value();
+  Forward p = parsed.value();
+  cpu::FoldRows(p, p.operands.initial_state || p.last_state);
   const cpu::Tasks tasks(p);
   ffi::Promise promise;
   ffi::Future future(promise);
   Phase::Start(
-      pool, promise, tasks.count,
-      [p, tasks](int64_t i) { cpu::BestKernels().forward(p, tasks, i); },
-      [promise]() mutable { promise.SetAvailable(); });
+      pool, tasks.count, [=](int64_t i) { cpu::BestKernels().forward(p, tasks, i); },
+      Complete(promise));
   return future;
 } catch (const std::bad_alloc&) {
-  return OutOfMemory();
+  return Failed(OutOfMemory());
 }
 
 ffi::Future BackwardImpl(ffi::ThreadPool pool, bool delta_softplus, bool reverse, bool channel_last,
@@ -99,25 +60,26 @@ ffi::Future BackwardImpl(ffi::ThreadPool pool, bool delta_softplus, bool reverse
   auto parsed =
       ParseBackward({delta_softplus, reverse, channel_last, chunk, groups, instances}, args, rets);
   if (parsed.has_error()) return Failed(parsed.error());
-  const Backward p = parsed.value();
+  Backward p = parsed.value();
+  cpu::FoldRows(p, p.operands.initial_state || p.last_state_cotangent);
   const cpu::Tasks tasks(p);
   const cpu::Workspace workspace(p, tasks, p.workspace.data);
   if (workspace.bytes > p.workspace_bytes)
     return Failed(ffi::Error::InvalidArgument("jax_sscan backward: the workspace is too small"));
   ffi::Promise promise;
   ffi::Future future(promise);
-  auto reduce = [=] {
+  auto reduce = [=](bool completed) {
+    if (!completed) return Complete(promise)(false);
     Phase::Start(
-        pool, promise, p.batch + 1,
-        [=](int64_t i) { cpu::BestKernels().reduce(p, tasks, workspace, i); },
-        [promise]() mutable { promise.SetAvailable(); });
+        pool, tasks.reduce_parts,
+        [=](int64_t i) { cpu::BestKernels().reduce(p, tasks, workspace, i); }, Complete(promise));
   };
   Phase::Start(
-      pool, promise, tasks.count,
+      pool, tasks.count,
       [=](int64_t i) { cpu::BestKernels().backward(p, tasks, workspace, i); }, reduce);
   return future;
 } catch (const std::bad_alloc&) {
-  return OutOfMemory();
+  return Failed(OutOfMemory());
 }
 
 auto Binding() {
@@ -141,7 +103,8 @@ XLA_FFI_DEFINE_HANDLER(kBackward, BackwardImpl, Binding());
 void* CpuForwardHandler() { return reinterpret_cast<void*>(kForward); }
 void* CpuBackwardHandler() { return reinterpret_cast<void*>(kBackward); }
 
-int64_t CpuWorkspaceBytes(const Problem& p) {
+int64_t CpuWorkspaceBytes(Problem p, bool has_states) {
+  cpu::FoldRows(p, has_states);
   return cpu::Workspace(p, cpu::Tasks(p), nullptr).bytes;
 }
 

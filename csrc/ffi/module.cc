@@ -42,7 +42,8 @@ nb::dict Handlers() {
 }
 
 int64_t CpuWorkspaceBytes(int64_t batch, int64_t dim, int64_t length, int64_t dstate,
-                          int64_t groups, bool B_varies, bool C_varies, bool is_complex,
+                          int64_t groups, int64_t chunk, int64_t instances, bool channel_last,
+                          bool has_states, bool B_varies, bool C_varies, bool is_complex,
                           bool is_double) {
   jax_sscan::Problem p{};
   p.batch = batch;
@@ -50,12 +51,15 @@ int64_t CpuWorkspaceBytes(int64_t batch, int64_t dim, int64_t length, int64_t ds
   p.length = length;
   p.dstate = dstate;
   p.groups = groups;
+  p.chunk = chunk;
+  p.instances = instances;
+  p.channel_last = channel_last;
   p.B_varies = B_varies;
   p.C_varies = C_varies;
   using jax_sscan::DataType;
   p.state = is_complex ? (is_double ? DataType::C128 : DataType::C64)
                        : (is_double ? DataType::F64 : DataType::F32);
-  return jax_sscan::CpuWorkspaceBytes(p);
+  return jax_sscan::CpuWorkspaceBytes(p, has_states);
 }
 
 }  // namespace
@@ -64,7 +68,8 @@ NB_MODULE(_native, m) {
   m.def("build_info", &BuildInfo, "How this binary was built, and what it contains.");
   m.def("handlers", &Handlers, "The XLA custom calls of each platform, as capsules by name.");
   m.def("cpu_workspace_bytes", &CpuWorkspaceBytes, nb::arg("batch"), nb::arg("dim"),
-        nb::arg("length"), nb::arg("dstate"), nb::arg("groups"), nb::arg("B_varies"),
+        nb::arg("length"), nb::arg("dstate"), nb::arg("groups"), nb::arg("chunk"),
+        nb::arg("instances"), nb::arg("channel_last"), nb::arg("has_states"), nb::arg("B_varies"),
         nb::arg("C_varies"), nb::arg("is_complex"), nb::arg("is_double"),
         "Bytes of the workspace result of the CPU backward call.");
 }

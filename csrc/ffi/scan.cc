@@ -54,6 +54,13 @@ class Reader {
     return Check(**rets_.get<ffi::AnyBuffer>(index), name, shape, dtypes);
   }
 
+  // A result that nobody asked for is an empty vector too.
+  Array OptionalRet(size_t index, const char* name, const Shape& shape,
+                    std::initializer_list<DataType> dtypes) {
+    auto dims = (**rets_.get<ffi::AnyBuffer>(index)).dimensions();
+    return Shape(dims.begin(), dims.end()) == Shape{0} ? Array{} : Ret(index, name, shape, dtypes);
+  }
+
   int64_t RetBytes(size_t index) {
     return static_cast<int64_t>((**rets_.get<ffi::AnyBuffer>(index)).size_bytes());
   }
@@ -136,7 +143,7 @@ Shapes ParseOperands(Reader& reader, const Attributes& attributes, Problem& p) {
   shapes.vector = {p.instances * p.dim};
   shapes.state = {p.batch, p.dim, p.dstate};
   shapes.segments = {p.batch, p.length};
-  shapes.states = {p.batch, p.num_chunks(), p.dstate, p.dim};
+  shapes.states = {p.batch, p.num_chunks() - 1, p.dstate, p.dim};
 
   Array* arrays[kOperands] = {
       &p.operands.u,          &p.operands.delta,      &p.operands.A,
@@ -178,8 +185,8 @@ ffi::ErrorOr<Forward> ParseForward(const Attributes& attributes, ffi::RemainingA
   if (!reader.failed()) {
     p.out = reader.Ret(0, "out", shapes.sequence,
                        {DataType::F32, DataType::BF16, DataType::F16, DataType::F64});
-    p.last_state = reader.Ret(1, "last_state", shapes.state, {p.state});
-    p.states = reader.Ret(2, "states", shapes.states, {p.state});
+    p.last_state = reader.OptionalRet(1, "last_state", shapes.state, {p.state});
+    p.states = reader.OptionalRet(2, "states", shapes.states, {p.state});
   }
   if (reader.failed()) return ffi::Unexpected(reader.error());
   return p;
@@ -195,8 +202,9 @@ ffi::ErrorOr<Backward> ParseBackward(const Attributes& attributes, ffi::Remainin
     p.states = reader.Arg(kOperands, "states", shapes.states, {p.state});
     p.out_cotangent = reader.Arg(kOperands + 1, "out_cotangent", shapes.sequence,
                                  {DataType::F32, DataType::BF16, DataType::F16, DataType::F64});
-    p.last_state_cotangent =
-        reader.Arg(kOperands + 2, "last_state_cotangent", shapes.state, {p.state});
+    if (!reader.Absent(kOperands + 2))
+      p.last_state_cotangent =
+          reader.Arg(kOperands + 2, "last_state_cotangent", shapes.state, {p.state});
     const Operands& o = p.operands;
     auto like = [&](int index, const Array& operand, const Shape& shape) {
       return operand ? reader.Ret(index, kNames[index], shape, {operand.dtype}) : Array{};

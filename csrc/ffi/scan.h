@@ -37,6 +37,7 @@ struct Problem {
   bool delta_softplus, reverse;
   bool channel_last;        // layout "bld"; otherwise "bdl"
   bool B_varies, C_varies;  // along the sequence; otherwise (dim, dstate)
+  int64_t restart_every = 0;  // steps after which the state restarts by itself; 0: never
   DataType state;           // of A, of the states and of the accumulators: F32, F64, C64 or C128
   Operands operands;
 
@@ -45,9 +46,10 @@ struct Problem {
   int64_t instance(int64_t row) const { return row / (batch / instances); }
 };
 
+// The states on entering each chunk but the first in processing order, (batch, num_chunks - 1,
+// dstate, dim), and the last state are absent where nobody asked for them.
 struct Forward : Problem {
-  Array out, last_state;
-  Array states;  // (batch, num_chunks, dstate, dim), in the state's dtype
+  Array out, last_state, states;
 };
 
 struct Backward : Problem {

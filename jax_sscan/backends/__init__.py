@@ -2,13 +2,15 @@
 
 Every implementation is a pair of functions on the canonical form of `jax_sscan.canonical`:
 
-* ``forward(operands, options) -> (out, last_state, states)``
-* ``backward(residuals, out_cotangent, last_state_cotangent, options) -> Operands`` of cotangents
+* ``forward(operands, options, save_states) -> (out, last_state, states)``: last_state, (batch, dim, dstate), is None
+  unless the options want it, and so are the states of `Residuals` unless they are to be saved;
+* ``backward(residuals, out_cotangent, last_state_cotangent, options) -> Operands`` of cotangents, None for absent
+  operands and for segment_ids; last_state_cotangent is None where the forward pass gave no last state.
 """
 
 import warnings
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -95,20 +97,22 @@ def chunk_length(implementation: str | None, size: Sizes) -> int:
     return (xla if is_pure else native).chunk_length(size)
 
 
-def forward(operands: Operands, options: Options, implementation: str | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+def forward(
+    operands: Operands, options: Options, save_states: bool, implementation: str | None
+) -> tuple[jax.Array, jax.Array | None, Any]:
     """Runs the forward pass of ``implementation``, or of the best one for the platform it is lowered for."""
     if implementation is None:
-        branches = {platform: partial(native.forward, options=options) for platform in _native_platforms()}
-        default = partial(xla.forward, options=options)
-        return jax.lax.platform_dependent(operands, default=default, **branches)
+        keywords: dict[str, Any] = {"options": options, "save_states": save_states}
+        branches = {platform: partial(native.forward, **keywords) for platform in _native_platforms()}
+        return jax.lax.platform_dependent(operands, default=partial(xla.forward, **keywords), **branches)
     run = xla.forward if implementation == "xla" else native.forward
-    return run(operands, options)
+    return run(operands, options, save_states)
 
 
 def backward(
     residuals: Residuals,
     out_cotangent: jax.Array,
-    last_state_cotangent: jax.Array,
+    last_state_cotangent: jax.Array | None,
     options: Options,
     implementation: str | None,
 ) -> Operands:
@@ -116,8 +120,7 @@ def backward(
     args = residuals, out_cotangent, last_state_cotangent
     if implementation is None:
         branches = {platform: partial(native.backward, options=options) for platform in _native_platforms()}
-        default = partial(xla.backward, options=options)
-        return jax.lax.platform_dependent(*args, default=default, **branches)
+        return jax.lax.platform_dependent(*args, default=partial(xla.backward, options=options), **branches)
     run = xla.backward if implementation == "xla" else native.backward
     return run(*args, options)
 

@@ -56,28 +56,27 @@ def missing(implementation: str) -> str | None:
     return None
 
 
-def forward(operands: Operands, options: Options, instances: int = 1) -> tuple[jax.Array, jax.Array, jax.Array]:
+def forward(
+    operands: Operands, options: Options, save_states: bool, instances: int = 1
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     """Runs the native forward kernel; see `jax_sscan.backends` for the contract.
 
     Args:
         operands: canonical operands; with several instances the weights have instances * dim rows.
         options: the static flags.
+        save_states: whether to save the states for a backward pass.
         instances: equal parts of the batch that have weights of their own.
-
-    Returns:
-        The output, the last state and the chunk states.
     """
     leaves, tree = jax.tree.flatten(operands)
 
     @jax.custom_batching.custom_vmap
     def call(*leaves: jax.Array) -> Any:
-        return _forward_call(tree.unflatten(leaves), options, instances)
+        return _forward_call(tree.unflatten(leaves), options, save_states, instances)
 
     @call.def_vmap
     def _(axis_size: int, batched: list[bool], *leaves: jax.Array) -> Any:
         folded = _fold(tree.unflatten(leaves), tree.unflatten(batched), axis_size)
-        results = forward(folded, options, axis_size * instances)
-        return _unfold(results, axis_size), (True, True, True)
+        return _unfold(forward(folded, options, save_states, axis_size * instances), axis_size)
 
     return call(*leaves)
 
@@ -85,51 +84,48 @@ def forward(operands: Operands, options: Options, instances: int = 1) -> tuple[j
 def backward(
     residuals: Residuals,
     out_cotangent: jax.Array,
-    last_state_cotangent: jax.Array,
+    last_state_cotangent: jax.Array | None,
     options: Options,
     instances: int = 1,
 ) -> Operands:
     """Runs the native backward kernel; see `jax_sscan.backends` for the contract and `forward` for instances."""
-    sequences = (residuals.states, out_cotangent, last_state_cotangent)
-    leaves, tree = jax.tree.flatten(residuals.operands)
-    present = [field is not None for field in residuals.operands[:-1]]
+    leaves, tree = jax.tree.flatten((residuals, out_cotangent, last_state_cotangent))
 
     @jax.custom_batching.custom_vmap
     def call(*leaves: jax.Array) -> Any:
-        cotangents = _backward_call(tree.unflatten(leaves[3:]), leaves[:3], options, instances)
-        return [x for x in cotangents if x is not None]
+        return _backward_call(*tree.unflatten(leaves), options, instances)
 
     @call.def_vmap
     def _(axis_size: int, batched: list[bool], *leaves: jax.Array) -> Any:
-        folded = _fold(tree.unflatten(leaves[3:]), tree.unflatten(batched[3:]), axis_size)
-        states, d_out, d_last = (_fold_axis(x, batched[i], axis_size) for i, x in enumerate(leaves[:3]))
-        gradients = backward(Residuals(folded, states), d_out, d_last, options, axis_size * instances)
-        results = _unfold([x for x in gradients if x is not None], axis_size)
-        return results, [True] * len(results)
+        folded = _fold(tree.unflatten(leaves), tree.unflatten(batched), axis_size)
+        return _unfold(backward(*folded, options, axis_size * instances), axis_size)
 
-    found = iter(call(*sequences, *leaves))
-    return Operands(*(next(found) if there else None for there in present))
+    return call(*leaves)
 
 
-def _fold(operands: Operands, batched: Operands, axis_size: int) -> Operands:
+def _fold(arrays: Any, batched: Any, axis_size: int) -> Any:
     """Makes the mapped axis the outermost part of the batch, and of the rows of weights, which are by instance."""
-    pairs = zip(operands, batched, strict=True)
-    return Operands(*(None if x is None else _fold_axis(x, mapped, axis_size) for x, mapped in pairs))
+
+    def fold(array: jax.Array, mapped: bool) -> jax.Array:
+        if not mapped:
+            array = jnp.broadcast_to(array, (axis_size, *array.shape))
+        return array.reshape(axis_size * array.shape[1], *array.shape[2:])
+
+    return jax.tree.map(fold, arrays, batched)
 
 
-def _fold_axis(array: jax.Array, mapped: bool, axis_size: int) -> jax.Array:
-    if not mapped:
-        array = jnp.broadcast_to(array, (axis_size, *array.shape))
-    return array.reshape(axis_size * array.shape[1], *array.shape[2:])
+def _unfold(results: Any, axis_size: int) -> tuple[Any, Any]:
+    """Undoes `_fold` on results, and says as a batching rule must that all are mapped."""
+    unfolded = jax.tree.map(lambda x: x.reshape(axis_size, x.shape[0] // axis_size, *x.shape[1:]), results)
+    return unfolded, jax.tree.map(lambda _: True, results)
 
 
-def _unfold(results: Any, axis_size: int) -> Any:
-    return type(results)(x.reshape(axis_size, -1, *x.shape[1:]) for x in results)
+# An operand or result that is not there travels as an empty vector.
+_ABSENT = jax.ShapeDtypeStruct((0,), np.float32)
 
 
-def _call_operands(operands: Operands) -> list[Any]:
-    absent = np.zeros(0, np.float32)
-    return [absent if x is None else x for x in operands]
+def _call_operands(*operands: Any) -> list[Any]:
+    return [np.zeros(_ABSENT.shape, _ABSENT.dtype) if x is None else x for x in operands]
 
 
 def _attributes(operands: Operands, options: Options, instances: int) -> dict[str, Any]:
@@ -143,37 +139,53 @@ def _attributes(operands: Operands, options: Options, instances: int) -> dict[st
     }
 
 
-def _forward_call(operands: Operands, options: Options, instances: int) -> tuple[jax.Array, ...]:
+def _present(results: Any, shapes: Any) -> list[jax.Array | None]:
+    return [None if shape is _ABSENT else result for result, shape in zip(results, shapes, strict=True)]
+
+
+def _forward_call(
+    operands: Operands, options: Options, save_states: bool, instances: int
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     size = sizes(operands, options.layout)
-    state = operands.A.dtype
-    chunks = -(-size.length // options.chunk)
-    call = jax.ffi.ffi_call(
-        "jax_sscan_forward",
-        (
-            jax.ShapeDtypeStruct(operands.u.shape, options.out_dtype),
-            jax.ShapeDtypeStruct((size.batch, size.dim, size.dstate), state),
-            jax.ShapeDtypeStruct((size.batch, chunks, size.dstate, size.dim), state),
-        ),
+    dtype, chunks = operands.A.dtype, -(-size.length // options.chunk)
+    state = jax.ShapeDtypeStruct((size.batch, size.dim, size.dstate), dtype)
+    states = jax.ShapeDtypeStruct((size.batch, chunks - 1, size.dstate, size.dim), dtype)
+    shapes = (
+        jax.ShapeDtypeStruct(operands.u.shape, options.out_dtype),
+        state if options.last_state else _ABSENT,
+        states if save_states else _ABSENT,
     )
-    return tuple(call(*_call_operands(operands), **_attributes(operands, options, instances)))
+    call = jax.ffi.ffi_call("jax_sscan_forward", shapes)
+    results = call(*_call_operands(*operands), **_attributes(operands, options, instances))
+    out, last_state, saved = _present(results, shapes)
+    assert out is not None
+    return out, last_state, saved
 
 
-def _backward_call(operands: Operands, sequences: tuple[jax.Array, ...], options: Options, instances: int) -> Operands:
-    size = sizes(operands, options.layout)
+def _backward_call(
+    residuals: Residuals,
+    out_cotangent: jax.Array,
+    last_state_cotangent: jax.Array | None,
+    options: Options,
+    instances: int,
+) -> Operands:
+    operands = residuals.operands
+    attributes = _attributes(operands, options, instances)
     extension = _load()
     assert not isinstance(extension, str)  # check_implementation has seen to it
     workspace = extension.cpu_workspace_bytes(
-        *size,
+        *sizes(operands, options.layout),
+        chunk=options.chunk,
+        instances=instances,
+        channel_last=options.layout == "bld",
+        has_states=not (operands.initial_state is None and last_state_cotangent is None),
         B_varies=is_varying(operands.B),
         C_varies=is_varying(operands.C),
         is_complex=jnp.iscomplexobj(operands.A),
         is_double=jnp.finfo(operands.A.dtype).dtype == jnp.float64,
     )
-    results = [
-        jax.ShapeDtypeStruct((0,), np.float32) if x is None else jax.ShapeDtypeStruct(x.shape, x.dtype)
-        for x in operands[:-1]
-    ]
-    call = jax.ffi.ffi_call("jax_sscan_backward", (*results, jax.ShapeDtypeStruct((workspace,), np.uint8)))
-    *cotangents, _ = call(*_call_operands(operands), *sequences, **_attributes(operands, options, instances))
-    absent = [x is None for x in operands[:-1]]
-    return Operands(*(None if gone else x for gone, x in zip(absent, cotangents, strict=True)))
+    shapes = [_ABSENT if x is None else jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands[:-1]]
+    call = jax.ffi.ffi_call("jax_sscan_backward", (*shapes, jax.ShapeDtypeStruct((workspace,), np.uint8)))
+    arrays = _call_operands(*operands, residuals.states, out_cotangent, last_state_cotangent)
+    *cotangents, _ = call(*arrays, **attributes)
+    return Operands(*_present(cotangents, shapes))

@@ -1,7 +1,8 @@
 """The selective scan in pure JAX: runs on every platform and differentiates to any order.
 
 The sequence is cut into chunks. A `jax.lax.scan` over chunks carries the state; inside a chunk the recurrence
-h_t = a_t h_{t-1} + b_t is an `associative_scan`. Arrays of a chunk are time-major, (chunk, batch, groups, dstate,
+h_t = a_t h_{t-1} + b_t is an `associative_scan`, or a loop where the platform is a CPU, for which an associative scan
+only means more arithmetic and more passes over memory (docs/performance.md has both). Arrays of a chunk are time-major, (chunk, batch, groups, dstate,
 channels of a group): the sum over states then runs over an outer axis and the channels fill the vector lanes.
 
 The recurrence is written as the linear system it is (docs/derivation.md, "pure JAX"), so that `custom_linear_solve`
@@ -18,15 +19,13 @@ from jax import lax
 
 from jax_sscan.canonical import Operands, Options, Residuals, Sizes, is_varying, sizes
 
-# Longer chunks save fewer states and run fewer loop iterations; but a chunk's arrays should stay in cache.
-_LONGEST_CHUNK, _SHORTEST_CHUNK = 64, 8
-_CHUNK_ELEMENTS = 1 << 22
+# Measured on a CPU, where this implementation matters most: 32 steps are as fast as any and need the least memory.
+_CHUNK = 32
 
 
 def chunk_length(size: Sizes) -> int:
     """Steps per chunk."""
-    fits = _CHUNK_ELEMENTS // max(1, size.batch * size.dim * size.dstate)
-    return max(1, min(size.length, max(_SHORTEST_CHUNK, min(_LONGEST_CHUNK, fits))))
+    return max(1, min(size.length, _CHUNK))
 
 
 class _Weights(NamedTuple):
@@ -54,12 +53,10 @@ class _Masks(NamedTuple):
     reset: Any
 
 
-def forward(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Runs the scan; see `jax_sscan.canonical` for the operands.
-
-    Returns:
-        The output, the last state (batch, dim, dstate) and the chunk states of `Residuals`.
-    """
+def forward(
+    operands: Operands, options: Options, save_states: bool
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    """Runs the scan; see `jax_sscan.backends` for the contract."""
     size = sizes(operands, options.layout)
     weights, state, inputs = _split(operands, options, size)
     # prevent_cse only matters outside of a loop; inside one it would only cost.
@@ -67,33 +64,36 @@ def forward(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array,
 
     def step(state: jax.Array, xs: tuple[_Inputs, _Masks]) -> tuple[jax.Array, Any]:
         next_state, out = chunk(weights, state, *xs)
-        return next_state, (out, state)
+        return next_state, (out, state if save_states else None)
 
     xs = inputs, _masks(operands.segment_ids, options, size)
     last_state, (out, states) = lax.scan(step, state, xs, reverse=options.reverse)
     out = out.reshape(-1, size.batch, size.dim)[: size.length]
     axes = (1, 0, 2) if options.layout == "bld" else (1, 2, 0)
-    states = jnp.moveaxis(states, (0, 3), (1, 2)).reshape(size.batch, -1, size.dstate, size.dim)
-    return out.transpose(axes), _merge_state(last_state, size), states
+    if save_states:
+        states = states[:-1] if options.reverse else states[1:]
+        states = jnp.moveaxis(states, (0, 3), (1, 2))
+        states = states.reshape(size.batch, states.shape[1], size.dstate, size.dim)
+    return out.transpose(axes), _merge_state(last_state, size) if options.last_state else None, states
 
 
 def backward(
     residuals: Residuals,
     out_cotangent: jax.Array,
-    last_state_cotangent: jax.Array,
+    last_state_cotangent: jax.Array | None,
     options: Options,
 ) -> Operands:
-    """Returns the cotangents of the operands (None for absent ones and for segment_ids).
+    """Runs the backward pass; see `jax_sscan.backends` for the contract.
 
     Walks the chunks against the processing order, recomputing each from its saved entry state.
     """
     operands, states = residuals
     size = sizes(operands, options.layout)
-    (weights, _, inputs), split_vjp = jax.vjp(
+    (weights, state, inputs), split_vjp = jax.vjp(
         lambda operands: _split(operands, options, size), operands._replace(segment_ids=None)
     )
-    states = states.reshape(*states.shape[:3], size.groups, -1)
-    states = jnp.moveaxis(states, (1, 2), (0, 3))
+    states = states.reshape(*states.shape[:3], size.groups, size.dim // size.groups)
+    states = _in_order(state[None], jnp.moveaxis(states, (1, 2), (0, 3)), options.reverse)
 
     def step(carry: tuple[jax.Array, _Weights], xs: Any) -> tuple[Any, _Inputs]:
         state_cotangent, weights_cotangent = carry
@@ -107,10 +107,11 @@ def backward(
         weights_cotangent = jax.tree.map(jnp.add, weights_cotangent, d_weights)
         return (state_cotangent, weights_cotangent), d_inputs
 
-    last_state_cotangent = _split_state(last_state_cotangent, size)
+    zeros = jnp.zeros_like(state)
+    state_cotangent = zeros if last_state_cotangent is None else _split_state(last_state_cotangent, size)
     (d_state, d_weights), d_inputs = lax.scan(
         step,
-        (last_state_cotangent, jax.tree.map(jnp.zeros_like, weights)),
+        (state_cotangent, jax.tree.map(jnp.zeros_like, weights)),
         (
             inputs,
             _masks(operands.segment_ids, options, size),
@@ -167,10 +168,10 @@ def _recurrence(decay: jax.Array, source: jax.Array, state: jax.Array, reverse: 
         return states - decay * _previous(states, reverse)
 
     def solve(_: Any, source: jax.Array) -> jax.Array:
-        return _associative_scan(decay, source, reverse, restarts)
+        return _solve(decay, source, reverse, restarts)
 
     def transpose_solve(_: Any, cotangent: jax.Array) -> jax.Array:
-        return _associative_scan(_previous(decay, not reverse), cotangent, not reverse, restarts)
+        return _solve(_previous(decay, not reverse), cotangent, not reverse, restarts)
 
     return lax.custom_linear_solve(matvec, source, solve, transpose_solve)
 
@@ -189,11 +190,21 @@ def _carry(decay: jax.Array, state: jax.Array, restarts: bool) -> jax.Array:
     return jnp.where(decay == 0, 0, carried) if restarts else carried
 
 
-def _associative_scan(decay: jax.Array, source: jax.Array, reverse: bool, restarts: bool) -> jax.Array:
-    def combine(left: Any, right: Any) -> Any:
-        return left[0] * right[0], _carry(right[0], left[1], restarts) + right[1]
+def _solve(decay: jax.Array, source: jax.Array, reverse: bool, restarts: bool) -> jax.Array:
+    def associative_scan(decay: jax.Array, source: jax.Array) -> jax.Array:
+        def combine(left: Any, right: Any) -> Any:
+            return left[0] * right[0], _carry(right[0], left[1], restarts) + right[1]
 
-    return lax.associative_scan(combine, (decay, source), reverse=reverse)[1]
+        return lax.associative_scan(combine, (decay, source), reverse=reverse)[1]
+
+    def loop(decay: jax.Array, source: jax.Array) -> jax.Array:
+        def step(state: jax.Array, xs: Any) -> tuple[jax.Array, jax.Array]:
+            state = _carry(xs[0], state, restarts) + xs[1]
+            return state, state
+
+        return lax.scan(step, jnp.zeros_like(source[0]), (decay, source), reverse=reverse)[1]
+
+    return lax.platform_dependent(decay, source, cpu=loop, default=associative_scan)
 
 
 def _split(operands: Operands, options: Options, size: Sizes) -> tuple[_Weights, jax.Array, _Inputs]:

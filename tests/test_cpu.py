@@ -1,0 +1,175 @@
+"""The native CPU kernel as machine code: every instruction set it is built for, its vector functions,
+and its threads. What it computes is tested with all other implementations, in test_scan.py."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_sscan
+
+HERE = Path(__file__).parent
+CSRC = HERE.parent / "csrc"
+
+pytestmark = pytest.mark.skipif(
+    not jax_sscan.implementations()["cpu"].available,
+    reason=str(jax_sscan.implementations()["cpu"].reason),
+)
+
+
+def cpu_flags() -> set[str]:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((set(line.split(":")[1].split()) for line in lines if line.startswith("flags")), set())
+
+
+def targets() -> dict[str, list[str]]:
+    """The instruction sets that this machine can run, with their compiler flags."""
+    flags = cpu_flags()
+    found = {"baseline": ["-DJAX_SSCAN_VECTOR_BYTES=16"]}
+    if {"avx2", "fma"} <= flags:
+        found["avx2"] = ["-DJAX_SSCAN_VECTOR_BYTES=32", "-mavx2", "-mfma"]
+    if {"avx512f", "avx512dq", "avx512bw", "avx512vl"} <= flags:
+        wide = [f"-mavx512{part}" for part in ("f", "dq", "bw", "vl")]
+        found["avx512"] = ["-DJAX_SSCAN_VECTOR_BYTES=64", *wide, "-mfma"]
+    return found
+
+
+def run_python(code: str, **environment: str) -> str:
+    """What a fresh interpreter prints that can import the tests' own modules."""
+    path = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+# Ulps of the largest error. exp is what every state of every step goes through; softplus and sigmoid
+# are taken once per element, and are ratios and sums of a few such values.
+BOUNDS = {"Exp2": 1.5, "Exp": 2, "Softplus": 4, "Sigmoid": 3, "Cos": 2, "Sin": 2}
+
+
+@pytest.mark.parametrize("target", ["baseline", "avx2", "avx512"])
+def test_vector_functions(target: str, tmp_path: Path) -> None:
+    """exp within 2 ulp and the others within their bounds, over their whole domains."""
+    compiler = next(filter(None, map(shutil.which, [os.environ.get("CXX", ""), "c++", "g++", "clang++"])), None)
+    if compiler is None or target not in targets():
+        pytest.skip("needs a C++ compiler" if compiler is None else f"this machine has no {target}")
+    program = tmp_path / "vector_test"
+    flags = ["-std=c++17", "-O2", "-Wno-psabi", f"-I{CSRC}", *targets()[target]]
+    subprocess.run([compiler, *flags, HERE / "native/vector_test.cc", "-o", program], check=True)
+    printed = subprocess.run([program], check=True, capture_output=True, text=True).stdout
+    errors = {name: float(ulps) for name, ulps in (line.split() for line in printed.splitlines())}
+    assert set(errors) == {f"{name}<{dtype}>" for name in BOUNDS for dtype in ("float", "double")}
+    too_large = {name: ulps for name, ulps in errors.items() if not ulps <= BOUNDS[name.split("<")[0]]}
+    assert not too_large
+
+
+@pytest.mark.parametrize("target", ["baseline", "avx2", "avx512"])
+def test_instruction_sets(target: str) -> None:
+    """All of them give right results, not only the one that this machine would choose."""
+    if target not in targets():
+        pytest.skip(f"this machine has no {target}")
+    code = """
+from cases import CASES
+from checks import check_case
+from jax_sscan import _native
+names = "everything", "everything-bld", "complex-groups", "bf16", "f16-reverse-bld", "f64", "f64-complex", "short-bld"
+for case in CASES:
+    if case.id in names:
+        check_case(case, "cpu")
+        names = tuple(name for name in names if name != case.id)
+assert not names, names
+print(_native.build_info()["cpu_target"])
+"""
+    assert run_python(code, JAX_SSCAN_CPU_TARGET=target) == target
+
+
+def test_an_instruction_set_that_is_not_there() -> None:
+    """An unknown name falls back to what runs everywhere."""
+    code = "from jax_sscan import _native; print(_native.build_info()['cpu_target'])"
+    assert run_python(code, JAX_SSCAN_CPU_TARGET="neon9000") == "baseline"
+
+
+def test_any_number_of_threads_gives_the_same_bits() -> None:
+    code = """
+import hashlib, jax, jax.numpy as jnp, jax_sscan
+from cases import MAMBA, Case, make_inputs
+digest = hashlib.sha256()
+for case in (
+    Case("wide", batch=3, dim=150, length=300, dstate=16, **MAMBA),
+    Case("short", batch=64, dim=90, length=3, dstate=16, layout="bld", **MAMBA),
+):
+    arrays = {name: jnp.asarray(x) for name, x in make_inputs(case).items()}
+    def loss(arrays):
+        out = jax_sscan.selective_scan(**arrays, delta_softplus=True, layout=case.layout, implementation="cpu")
+        return jnp.sum(out * out), out
+    gradients, out = jax.jit(jax.grad(loss, has_aux=True))(arrays)
+    for x in [out, *(gradients[name] for name in sorted(gradients))]:
+        digest.update(bytes(memoryview(jax.device_get(x))))
+print(digest.hexdigest())
+"""
+    # NPROC is how many threads XLA gives its pool.
+    digests = {threads: run_python(code, NPROC=str(threads)) for threads in (1, 2, 7)}
+    assert len(set(digests.values())) == 1, digests
+
+
+def test_many_calls_at_once() -> None:
+    """32 jitted calls from 32 threads: they share XLA's pool, on which a call must never wait."""
+    count = 32
+    rng = np.random.default_rng(0)
+    shape = (2, 40, 200)
+
+    def array(*shape: int) -> Any:
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+    A, B = -jnp.exp(array(40, 16)), array(2, 16, 200)
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def value_and_gradient(u: Any, delta: Any, repeats: int) -> Any:
+        def loss(u: Any) -> Any:
+            # Several kernels in one program too, which XLA may run side by side.
+            scans = [
+                jax_sscan.selective_scan(
+                    u * (i + 1), delta, A, B, B, delta_softplus=True, implementation="cpu"
+                )
+                for i in range(repeats)
+            ]  # fmt: skip
+            return sum(jnp.sum(scan**2) for scan in scans)
+
+        return jax.value_and_grad(loss)(u)
+
+    inputs = [(array(*shape), array(*shape)) for _ in range(count)]
+    expected = [jax.device_get(value_and_gradient(u, delta, 3)) for u, delta in inputs]
+    results: list[Any] = [None] * count
+    start = threading.Barrier(count)
+
+    def work(i: int) -> None:
+        start.wait()
+        for _ in range(5):
+            results[i] = jax.device_get(value_and_gradient(*inputs[i], 3))
+
+    threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    assert not any(thread.is_alive() for thread in threads), "a call never came back"
+    for got, wanted in zip(results, expected, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, got, wanted)
