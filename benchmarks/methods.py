@@ -3,6 +3,7 @@
 Every method is a function of the same operands in layout "bld", with softplus, D, bias and gate, in float32.
 """
 
+import importlib.util
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -64,6 +65,44 @@ def lax_scan(u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, z: Any, delta_b
     return _gated(jnp.swapaxes(y, 0, 1), u, D, z)
 
 
+def cumulative_sum(u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, z: Any, delta_bias: Any) -> jax.Array:
+    """Cumulative sums of the inputs divided by the cumulative decay, as one-file versions do it.
+
+    In chunks of 16 steps, since the division overflows float32 where delta A sums up to more than 88.
+    """
+    delta = jax.nn.softplus(delta + delta_bias)
+    chunk = min(16, u.shape[1])
+
+    def split(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
+
+    def step(state: jax.Array, inputs: Any) -> tuple[jax.Array, jax.Array]:
+        u, delta, B, C = inputs
+        total = jnp.cumsum(delta[..., None] * A, axis=1)
+        source = jnp.cumsum((delta * u)[..., None] * B[:, :, None, :] * jnp.exp(-total), axis=1)
+        states = jnp.exp(total) * (state[:, None] + source)
+        return states[:, -1], jnp.sum(states * C[:, :, None, :], -1)
+
+    state = jnp.zeros((u.shape[0], *A.shape), u.dtype)
+    _, y = jax.lax.scan(step, state, tuple(split(x) for x in (u, delta, B, C)))
+    return _gated(jnp.moveaxis(y, 0, 1).reshape(u.shape), u, D, z)
+
+
+def torch_loop(u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, z: Any, delta_bias: Any) -> Any:
+    """The loop over steps that torch users have without a GPU; takes and returns torch tensors."""
+    import torch
+
+    delta = torch.nn.functional.softplus(delta + delta_bias)
+    decay = torch.exp(delta[..., None] * A)
+    source = (delta * u)[..., None] * B[:, :, None, :]
+    state = torch.zeros(u.shape[0], *A.shape)
+    y = []
+    for t in range(u.shape[1]):
+        state = decay[:, t] * state + source[:, t]
+        y.append(torch.einsum("bdn,bn->bd", state, C[:, t]))
+    return (torch.stack(y, dim=1) + D * u) * torch.nn.functional.silu(z)
+
+
 def methods() -> dict[str, Method]:
     """All methods that run on this machine, by name."""
     platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
@@ -74,4 +113,7 @@ def methods() -> dict[str, Method]:
     }
     ours["lax.scan"] = lax_scan
     ours["associative_scan"] = associative_scan
+    ours["cumulative_sum"] = cumulative_sum
+    if importlib.util.find_spec("torch") is not None and platform == "cpu":
+        ours["torch loop"] = torch_loop
     return ours

@@ -195,6 +195,45 @@ def bench(args, rest):
     run(env.python, ROOT / "benchmarks/bench.py", *rest, cwd=None)
 
 
+def sanitize(args, rest):
+    env = Environment(args).need("test", "models", "sanitize")
+
+    # Threads: a program of its own, since XLA's threads are not instrumented.
+    tree = ROOT / "build/sanitize-thread"
+    cmake = [f"-DPython_EXECUTABLE={env.python}", "-DSKBUILD_PROJECT_VERSION=0", "-DJAX_SSCAN_SANITIZE=thread"]
+    ninja = f"-DCMAKE_MAKE_PROGRAM={env.tool('ninja')}"
+    run(env.tool("cmake"), "-S", ROOT, "-B", tree, "-G", "Ninja", ninja, *cmake)
+    run(env.tool("cmake"), "--build", tree, "--target", "race_test")
+    run(tree / "race_test")
+
+    # Addresses and undefined behaviour: the tests of the CPU kernel, with an instrumented extension in an environment
+    # that borrows everything else. Python knows nothing of sanitizers, so their runtime is loaded ahead of it.
+    prefix = ROOT / "build/sanitize-address"
+    python = prefix / "venv/bin/python"
+    site_code = "import sysconfig; print(sysconfig.get_path('platlib'))"
+    if not python.exists():
+        run(env.python, "-m", "venv", "--without-pip", prefix / "venv")
+    Path(ask(python, site_code), "borrowed.pth").write_text(ask(env.python, site_code) + "\n")
+    define = "-Ccmake.define.JAX_SSCAN_SANITIZE=address,undefined"
+    tree = f"-Cbuild-dir={prefix}/tree"
+    pip = [env.python, "-m", "pip", "--python", python, "--disable-pip-version-check"]
+    run(*pip, "install", "--quiet", "--no-deps", "--force-reinstall", define, tree, ROOT)
+    compiler = os.environ.get("CXX", "c++")
+    # libstdc++ as well: the sanitizer looks up __cxa_throw when it starts, before anything else would load it.
+    runtimes = [
+        subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    settings = {
+        "LD_PRELOAD": " ".join(runtimes),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python and XLA keep what they have until the end
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONSAFEPATH": "1",  # the installed package, not the one in the working directory
+    }
+    tests = ["tests/test_scan.py", "tests/test_transformations.py", "-k", "cpu"]
+    run(python, "-m", "pytest", "-q", *(rest or tests), env=settings)
+
+
 def wheel(args, rest):
     # The wheel is built from the sdist: proof that the sdist is complete.
     env = Environment(args).need("wheel", package=False)
@@ -202,10 +241,11 @@ def wheel(args, rest):
 
 
 COMMANDS = {
-    demo: "run examples/demo.py (its options: --steps N, --seed N, --out FILE)",
+    demo: "run examples/demo.py (its options: --steps N, --seed N, --out DIR)",
     test: "run the tests with pytest, on all cores",
     lint: "check with ruff, pyright and clang-format; --fix repairs what can be repaired",
     bench: "run benchmarks/bench.py",
+    sanitize: "run the CPU kernels under the thread, address and undefined behaviour sanitizers",
     wheel: "build the sdist and the wheel into dist/",
 }
 

@@ -12,9 +12,10 @@ namespace jax_sscan::cpu {
 // restarts at every row.
 void FoldRows(Problem& p, bool has_states);
 
-// A task is a slice of channels of one group and some batch rows of one instance, whose sequences it
-// walks one after the other. The cut depends on the problem alone, never on threads or instruction
-// sets, so that results do not either (sums over tasks are taken in a fixed order, see Reduce).
+// A task is a slice of channels of one group and some batch rows of one instance, whose sequences
+// it walks one after the other. The cut depends on the problem alone, never on threads or
+// instruction sets, so that results do not either (sums over tasks are taken in a fixed order, see
+// Reduce).
 struct Tasks {
   explicit Tasks(const Problem& p);
   int64_t slice_dim;  // channels of a slice; the last of a group may have fewer

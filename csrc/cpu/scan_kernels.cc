@@ -233,7 +233,8 @@ inline void FromReal(const T* from, int64_t count, const Array& to, int64_t offs
   WithElement(to.dtype, [&](auto* element) {
     auto* p = static_cast<decltype(element)>(to.data) + offset;
     int64_t i = 0;
-    for (; i + kLanes<T> <= count; i += kLanes<T>) Narrow<T>(LoadUnaligned<Vec<T>>(from + i), p + i);
+    for (; i + kLanes<T> <= count; i += kLanes<T>)
+      Narrow<T>(LoadUnaligned<Vec<T>>(from + i), p + i);
     if (i < count) NarrowPart<T>(WidenPart<T>(from + i, count - i), count - i, p + i);
   });
 }
@@ -275,7 +276,8 @@ void LoadTile(const Array& from, const Place& at, int64_t rows, int64_t channels
       if (channels == kWidth)
         for (int64_t r = 0; r < rows; ++r) to[r] = Widen<T>(first + r * at.row_stride);
       else
-        for (int64_t r = 0; r < rows; ++r) to[r] = WidenPart<T>(first + r * at.row_stride, channels);
+        for (int64_t r = 0; r < rows; ++r)
+          to[r] = WidenPart<T>(first + r * at.row_stride, channels);
       return;
     }
     for (int64_t begin = 0; begin < rows; begin += kWidth) {
@@ -301,7 +303,8 @@ void StoreTile(const Vec<T>* from, int64_t rows, int64_t channels, const Array& 
       if (channels == kWidth)
         for (int64_t r = 0; r < rows; ++r) Narrow<T>(from[r], first + r * at.row_stride);
       else
-        for (int64_t r = 0; r < rows; ++r) NarrowPart<T>(from[r], channels, first + r * at.row_stride);
+        for (int64_t r = 0; r < rows; ++r)
+          NarrowPart<T>(from[r], channels, first + r * at.row_stride);
       return;
     }
     for (int64_t begin = 0; begin < rows; begin += kWidth) {
@@ -694,8 +697,7 @@ void ForwardTask(const Forward& p, const Tasks& tasks, int64_t task) {
       auto ungated = [&](int64_t t) { return (N::kComplex ? T(2) * y[t] : y[t]) + D * in.u[t]; };
       if (o.z) {
         const Rows<T> z = ReadTile<T>(o.z, at, walk.steps, channels, gate);
-        for (int64_t t = 0; t < walk.steps; ++t)
-          out.Set(t, ungated(t) * (z[t] * Sigmoid<T>(z[t])));
+        for (int64_t t = 0; t < walk.steps; ++t) out.Set(t, ungated(t) * (z[t] * Sigmoid<T>(z[t])));
       } else {
         for (int64_t t = 0; t < walk.steps; ++t) out.Set(t, ungated(t));
       }
@@ -711,7 +713,8 @@ void ForwardTask(const Forward& p, const Tasks& tasks, int64_t task) {
       else
         std::fill_n(state + b * dstate, dstate, N{});
     });
-    for (int64_t i = 0; i < chunks; ++i) run_chunk(p.reverse ? chunks - 1 - i : i, i == 0 || p.restart_every);
+    for (int64_t i = 0; i < chunks; ++i)
+      run_chunk(p.reverse ? chunks - 1 - i : i, i == 0 || p.restart_every);
     if (!p.last_state) continue;
     each_block([&](int64_t b, int64_t channel, int64_t channels) {
       StoreNumbers(state + b * dstate, dstate, channels, p.last_state, s.State(channel));
@@ -970,7 +973,8 @@ void BackwardTask(const Backward& p, const Tasks& tasks, const Workspace& worksp
       else
         std::fill_n(adjoint + b * dstate, dstate, N{});
     });
-    for (int64_t i = chunks - 1; i >= 0; --i) run_chunk(p.reverse ? chunks - 1 - i : i, i == 0 || p.restart_every);
+    for (int64_t i = chunks - 1; i >= 0; --i)
+      run_chunk(p.reverse ? chunks - 1 - i : i, i == 0 || p.restart_every);
     if (!o.initial_state) continue;
     each_block([&](int64_t b, int64_t channel, int64_t channels) {
       StoreNumbers(adjoint + b * dstate, dstate, channels, p.cotangents.initial_state,

@@ -155,13 +155,14 @@ template <typename T>
 inline Vec<T> Exp2(Vec<T> x) {
   using P = Poly<T>;
 #if defined(__AVX512F__)
-  // Two instructions that do the splitting and the scaling, infinities and underflow included.
+  // Two instructions that do the splitting and the scaling, infinities and underflow included. In
+  // the form with a mask of ones, since the plain ones make GCC warn of its own undefined vectors.
   if constexpr (sizeof(T) == 4) {
-    Vec<T> whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT);
-    return _mm512_scalef_ps(Horner<T>(x - whole, P::kExp2), whole);
+    const Vec<T> whole = _mm512_maskz_roundscale_ps(0xffff, x, _MM_FROUND_TO_NEAREST_INT);
+    return _mm512_maskz_scalef_ps(0xffff, Horner<T>(x - whole, P::kExp2), whole);
   } else {
-    Vec<T> whole = _mm512_roundscale_pd(x, _MM_FROUND_TO_NEAREST_INT);
-    return _mm512_scalef_pd(Horner<T>(x - whole, P::kExp2), whole);
+    const Vec<T> whole = _mm512_maskz_roundscale_pd(0xff, x, _MM_FROUND_TO_NEAREST_INT);
+    return _mm512_maskz_scalef_pd(0xff, Horner<T>(x - whole, P::kExp2), whole);
   }
 #else
   // Comparisons with NaN are false: NaN stays.

@@ -1,18 +1,15 @@
-// The XLA custom calls of platform "cpu". A call returns a Future at once; its tasks run on XLA's
-// intra-op pool, which must never be blocked on. The last task of a phase starts the next one, the
-// last of all completes the Future.
+// The XLA custom calls of platform "cpu". A call returns a Future; its tasks run on XLA's intra-op
+// pool, and whoever ends the last one completes the Future.
 #include "ffi/cpu_handlers.h"
 
 #include <functional>
 #include <new>
 
-#include "cpu/phase.h"
+#include "cpu/phases.h"
 #include "cpu/scan.h"
 
 namespace jax_sscan {
 namespace {
-
-using Phase = cpu::Phase<ffi::ThreadPool>;
 
 ffi::Future Failed(ffi::Error error) {
   ffi::Promise promise;
@@ -46,9 +43,8 @@ ffi::Future ForwardImpl(ffi::ThreadPool pool, bool delta_softplus, bool reverse,
   const cpu::Tasks tasks(p);
   ffi::Promise promise;
   ffi::Future future(promise);
-  Phase::Start(
-      pool, tasks.count, [=](int64_t i) { cpu::BestKernels().forward(p, tasks, i); },
-      Complete(promise));
+  auto forward = [=](int64_t i) { cpu::BestKernels().forward(p, tasks, i); };
+  cpu::Phases::Start(pool, {{tasks.count, forward}}, Complete(promise));
   return future;
 } catch (const std::bad_alloc&) {
   return Failed(OutOfMemory());
@@ -68,15 +64,10 @@ ffi::Future BackwardImpl(ffi::ThreadPool pool, bool delta_softplus, bool reverse
     return Failed(ffi::Error::InvalidArgument("jax_sscan backward: the workspace is too small"));
   ffi::Promise promise;
   ffi::Future future(promise);
-  auto reduce = [=](bool completed) {
-    if (!completed) return Complete(promise)(false);
-    Phase::Start(
-        pool, tasks.reduce_parts,
-        [=](int64_t i) { cpu::BestKernels().reduce(p, tasks, workspace, i); }, Complete(promise));
-  };
-  Phase::Start(
-      pool, tasks.count,
-      [=](int64_t i) { cpu::BestKernels().backward(p, tasks, workspace, i); }, reduce);
+  auto backward = [=](int64_t i) { cpu::BestKernels().backward(p, tasks, workspace, i); };
+  auto reduce = [=](int64_t i) { cpu::BestKernels().reduce(p, tasks, workspace, i); };
+  cpu::Phases::Start(pool, {{tasks.count, backward}, {tasks.reduce_parts, reduce}},
+                     Complete(promise));
   return future;
 } catch (const std::bad_alloc&) {
   return Failed(OutOfMemory());

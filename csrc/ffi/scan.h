@@ -35,10 +35,10 @@ struct Problem {
   // C have instances * dim rows, and so have their cotangents.
   int64_t instances;
   bool delta_softplus, reverse;
-  bool channel_last;        // layout "bld"; otherwise "bdl"
-  bool B_varies, C_varies;  // along the sequence; otherwise (dim, dstate)
+  bool channel_last;          // layout "bld"; otherwise "bdl"
+  bool B_varies, C_varies;    // along the sequence; otherwise (dim, dstate)
   int64_t restart_every = 0;  // steps after which the state restarts by itself; 0: never
-  DataType state;           // of A, of the states and of the accumulators: F32, F64, C64 or C128
+  DataType state;             // of A, of the states and of the accumulators: F32, F64, C64 or C128
   Operands operands;
 
   int64_t num_chunks() const { return (length + chunk - 1) / chunk; }

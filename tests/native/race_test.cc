@@ -12,7 +12,7 @@
 #include <thread>
 #include <vector>
 
-#include "cpu/phase.h"
+#include "cpu/phases.h"
 #include "cpu/scan.h"
 
 namespace {
@@ -55,13 +55,12 @@ class Pool {
   std::vector<std::thread> threads_;
 };
 
-// What Phase takes: a handle that copies.
+// What Phases takes: a handle that copies.
 struct PoolHandle {
   Pool* pool;
   void Schedule(std::function<void()> task) { pool->Schedule(std::move(task)); }
   int64_t num_threads() const { return pool->num_threads(); }
 };
-using Phase = cpu::Phase<PoolHandle>;
 
 // One problem with its arrays; every optional operand is there.
 class Call {
@@ -104,20 +103,14 @@ class Call {
     const cpu::Tasks tasks(forward_);
     const cpu::Workspace workspace(backward_, tasks, workspace_.data());
     const cpu::Kernels& kernels = cpu::BestKernels();
-    auto reduce = [=, &kernels](bool) {
-      Phase::Start(
-          pool, tasks.reduce_parts,
-          [=, &kernels](int64_t i) { kernels.reduce(backward_, tasks, workspace, i); },
-          [=](bool) { done(); });
-    };
-    auto backward = [=, &kernels](bool) {
-      Phase::Start(
-          pool, tasks.count,
-          [=, &kernels](int64_t i) { kernels.backward(backward_, tasks, workspace, i); }, reduce);
-    };
-    Phase::Start(
-        pool, tasks.count, [=, &kernels](int64_t i) { kernels.forward(forward_, tasks, i); },
-        backward);
+    cpu::Phases::Start(
+        pool,
+        {{tasks.count, [=, &kernels](int64_t i) { kernels.forward(forward_, tasks, i); }},
+         {tasks.count,
+          [=, &kernels](int64_t i) { kernels.backward(backward_, tasks, workspace, i); }},
+         {tasks.reduce_parts,
+          [=, &kernels](int64_t i) { kernels.reduce(backward_, tasks, workspace, i); }}},
+        [=](bool) { done(); });
   }
 
   // The bytes of all results, and of the operands.

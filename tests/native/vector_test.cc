@@ -1,6 +1,6 @@
 // How far the functions of csrc/cpu/vector.h are from the truth, in units of the last place: prints
-// one line "name worst-ulp" per function and type, for tests/test_cpu.py to judge. The truth is long
-// double; x goes over every 997th float of the domain, and as many doubles.
+// one line "name worst-ulp" per function and type, for tests/test_cpu.py to judge. The truth is
+// long double; x goes over every 997th float of the domain, and as many doubles.
 #include "cpu/vector.h"
 
 #include <algorithm>
