@@ -90,7 +90,7 @@ def cumulative_sum(u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, z: Any, d
 
 def torch_loop(u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, z: Any, delta_bias: Any) -> Any:
     """The loop over steps that torch users have without a GPU; takes and returns torch tensors."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     delta = torch.nn.functional.softplus(delta + delta_bias)
     decay = torch.exp(delta[..., None] * A)

@@ -192,7 +192,8 @@ def lint(args, rest):
 
 def bench(args, rest):
     env = Environment(args).need("bench", "models")
-    run(env.python, ROOT / "benchmarks/bench.py", *rest, cwd=None)
+    script = "scaling.py" if args.scaling else "bench.py"
+    run(env.python, ROOT / "benchmarks" / script, *rest, cwd=None)
 
 
 def sanitize(args, rest):
@@ -244,7 +245,7 @@ COMMANDS = {
     demo: "run examples/demo.py (its options: --steps N, --seed N, --out DIR)",
     test: "run the tests with pytest, on all cores",
     lint: "check with ruff, pyright and clang-format; --fix repairs what can be repaired",
-    bench: "run benchmarks/bench.py",
+    bench: "run benchmarks/bench.py, or benchmarks/scaling.py with --scaling",
     sanitize: "run the CPU kernels under the thread, address and undefined behaviour sanitizers",
     wheel: "build the sdist and the wheel into dist/",
 }
@@ -271,6 +272,8 @@ def main():
         sub.set_defaults(function=function)
         if function is lint:
             sub.add_argument("--fix", action="store_true", help="repair what can be repaired")
+        if function is bench:
+            sub.add_argument("--scaling", action="store_true", help="time against dstate, length and threads")
     argv = sys.argv[1:]
     cut = argv.index("--") if "--" in argv else len(argv)
     args, rest = parser.parse_known_args(argv[:cut])

@@ -70,8 +70,8 @@ class Sizes(NamedTuple):
 class Residuals(NamedTuple):
     """What the backward pass keeps: the operands and the states between chunks.
 
-    Chunk i covers positions [i * chunk, (i + 1) * chunk); ``states[:, i]`` is the state that passes between chunks i and
-    i + 1, from left to right or, when reverse, from right to left: (batch, num_chunks - 1, dstate, dim).
+    Chunk i covers positions [i * chunk, (i + 1) * chunk); ``states[:, i]`` is the state that passes between chunks i
+    and i + 1, from left to right or, when reverse, from right to left: (batch, num_chunks - 1, dstate, dim).
     """
 
     operands: Operands

@@ -93,12 +93,13 @@ def backward(
 
     @jax.custom_batching.custom_vmap
     def call(*leaves: jax.Array) -> Any:
-        return _backward_call(*tree.unflatten(leaves), options, instances)
+        residuals, out_cotangent, last_state_cotangent = tree.unflatten(leaves)
+        return _backward_call(residuals, out_cotangent, last_state_cotangent, options, instances)
 
     @call.def_vmap
     def _(axis_size: int, batched: list[bool], *leaves: jax.Array) -> Any:
-        folded = _fold(tree.unflatten(leaves), tree.unflatten(batched), axis_size)
-        return _unfold(backward(*folded, options, axis_size * instances), axis_size)
+        residuals, *cotangents = _fold(tree.unflatten(leaves), tree.unflatten(batched), axis_size)
+        return _unfold(backward(residuals, cotangents[0], cotangents[1], options, axis_size * instances), axis_size)
 
     return call(*leaves)
 

@@ -2,8 +2,9 @@
 
 The sequence is cut into chunks. A `jax.lax.scan` over chunks carries the state; inside a chunk the recurrence
 h_t = a_t h_{t-1} + b_t is an `associative_scan`, or a loop where the platform is a CPU, for which an associative scan
-only means more arithmetic and more passes over memory (docs/performance.md has both). Arrays of a chunk are time-major, (chunk, batch, groups, dstate,
-channels of a group): the sum over states then runs over an outer axis and the channels fill the vector lanes.
+only means more arithmetic and more passes over memory (docs/performance.md). Arrays of a chunk are time-major, (chunk,
+batch, groups, dstate, channels of a group): the sum over states then runs over an outer axis and the channels fill the
+vector lanes.
 
 The recurrence is written as the linear system it is (docs/derivation.md, "pure JAX"), so that `custom_linear_solve`
 gives its transpose (the same scan, run backwards) and its derivatives of every order. `jax.checkpoint` around a chunk
