@@ -80,7 +80,8 @@ def run_in_turns(programs: list[Program], repeats: int, budget_s: float) -> None
     """Times all programs round-robin after one warm-up each, so that ratios come from the same minutes.
 
     In its turn a program runs twice, and only the second time counts: the first finds the caches and the allocator as
-    the program before it left them. Those that take seconds run once, since gigabytes of their own are what they find. A program that has used up its budget stops after two measured runs.
+    the program before it left them. Those that take seconds run once, since gigabytes of their own are what they find.
+    A program that has used up its budget stops after two measured runs.
     """
     for program in programs:
         program.run()
