@@ -177,7 +177,8 @@ def lint(args, rest):
     # What the code imports must be there for pyright to see its types; the package need not be built.
     groups = ["dependencies", "test", "models", "demo", "bench", "lint"]
     env = Environment(args).need(*groups, package=False)
-    sources = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in {".cc", ".h", ".cu", ".cuh"})
+    native = [path for folder in ("csrc", "tests/native") for path in (ROOT / folder).rglob("*")]
+    sources = sorted(path for path in native if path.suffix in {".cc", ".h", ".cu", ".cuh"})
     fix, check = (["--fix"], []) if args.fix else ([], ["--check"])
     commands = [
         [env.tool("ruff"), "check", *fix, *rest],
