@@ -160,9 +160,9 @@ def test(args, rest):
     if hasattr(os, "sched_getaffinity"):  # fewer in a container, say; not on macOS
         cores = len(os.sched_getaffinity(0))
     # Most of the time goes into XLA compiling small programs: share them between workers and runs.
-    # (JAX locks the cache only if it has a maximal size.)
+    # (JAX locks the cache only if it has a maximal size. Another version of JAX would trip over its entries.)
     settings = {
-        "JAX_COMPILATION_CACHE_DIR": str(ROOT / "build/jax-cache"),
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / "build/jax-cache" / env.prefix.name),
         "JAX_COMPILATION_CACHE_MAX_SIZE": str(2**30),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
