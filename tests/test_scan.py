@@ -357,6 +357,17 @@ def test_out_dtype_is_a_rounding_of_the_float32_result(implementation: str | Non
     np.testing.assert_array_equal(np.asarray(rounded, np.float32), np.asarray(exact.astype(jnp.bfloat16), np.float32))
 
 
+@pytest.mark.parametrize("layout", ["bdl", "bld"])
+def test_subnormal_float16_inputs_count(layout: str, implementation: str | None) -> None:
+    """XLA's threads read subnormal float32 numbers as 0; subnormal float16 ones are normal numbers in float32."""
+    case = Case("subnormal", **dict.fromkeys(["u_dtype", "B_dtype", "C_dtype"], F16), out_dtype=F32, layout=layout)
+    inputs = make_inputs(case)
+    inputs["C"] *= np.float16(2.0**-16)
+    assert 0 < np.max(np.abs(inputs["C"])) < np.finfo(np.float16).smallest_normal
+    expected, _ = selective_scan(inputs, options_of(case))
+    check(scan(case, inputs, implementation)[0], expected, "out")
+
+
 def test_without_last_state_only_out_comes_back(implementation: str | None) -> None:
     case = Case("plain", **MAMBA)
     inputs = make_inputs(case)
