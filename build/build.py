@@ -132,7 +132,7 @@ class Environment:
             self.pip("--no-deps", *in_place, "--editable", ROOT)
             self.remember(package=fingerprint)
             site = ask(self.python, "import sysconfig; print(sysconfig.get_path('platlib'))")
-            if not any(Path(site, "jax_sscan").glob("_native*")):
+            if not any(Path(site, "jax_sscan").glob("_cpu*")):
                 # pip hides CMake's own warning.
                 text = "warning: no C++ compiler found: jax_sscan has no native kernels, only 'xla'."
                 print(f"build.py: {text}\nInstall one and remove {self.note} to build them.")

@@ -89,21 +89,21 @@ def test_instruction_sets(target: str) -> None:
     code = """
 from cases import CASES
 from checks import check_case
-from jax_sscan import _native
+from jax_sscan import _cpu
 names = "everything", "everything-bld", "complex-groups", "bf16", "f16-reverse-bld", "f64", "f64-complex", "short-bld"
 for case in CASES:
     if case.id in names:
         check_case(case, "cpu")
         names = tuple(name for name in names if name != case.id)
 assert not names, names
-print(_native.build_info()["cpu_target"])
+print(_cpu.build_info()["target"])
 """
     assert run_python(code, JAX_SSCAN_CPU_TARGET=target) == target
 
 
 def test_an_instruction_set_that_is_not_there() -> None:
     """An unknown name falls back to what runs everywhere."""
-    code = "from jax_sscan import _native; print(_native.build_info()['cpu_target'])"
+    code = "from jax_sscan import _cpu; print(_cpu.build_info()['target'])"
     assert run_python(code, JAX_SSCAN_CPU_TARGET="neon9000") == "baseline"
 
 

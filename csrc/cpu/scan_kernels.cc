@@ -148,8 +148,8 @@ template <typename T>
 inline Vec<T> Widen(const Half* from) {
   const Bits<T> bits = __builtin_convertvector(LoadUnaligned<ShortBits<T>>(from), Bits<T>);
   const Bits<T> sign = (bits & 0x8000) << 16, rest = bits & 0x7fff;
-  // The exponent moves by 112. Subnormal numbers get the exponent of the smallest normal one and lose
-  // its 2^-14 again: XLA's threads read subnormal floats as 0, so none may arise on the way.
+  // The exponent moves by 112. Subnormal numbers get the exponent of the smallest normal one and
+  // lose its 2^-14 again: XLA's threads read subnormal floats as 0, so none may arise on the way.
   const Bits<T> smallest = Bits<T>{} + 0x38800000;
   const Bits<T> subnormal =
       BitCast<Bits<T>>(BitCast<Floats<T>>((rest << 13) + smallest) - BitCast<Floats<T>>(smallest));

@@ -61,8 +61,11 @@ class Reader {
     return Shape(dims.begin(), dims.end()) == Shape{0} ? Array{} : Ret(index, name, shape, dtypes);
   }
 
-  int64_t RetBytes(size_t index) {
-    return static_cast<int64_t>((**rets_.get<ffi::AnyBuffer>(index)).size_bytes());
+  // The last result of every call.
+  void Workspace(Problem& p) {
+    const size_t index = rets_.size() - 1;
+    p.workspace_bytes = static_cast<int64_t>((**rets_.get<ffi::AnyBuffer>(index)).size_bytes());
+    p.workspace = Ret(index, "workspace", {p.workspace_bytes}, {DataType::U8});
   }
 
   void Fail(const std::string& what) {
@@ -132,6 +135,7 @@ Shapes ParseOperands(Reader& reader, const Attributes& attributes, Problem& p) {
   const bool is_complex = real != p.state;
   p.B_varies = reader.Arg(3).dimensions().size() == 4;
   p.C_varies = reader.Arg(4).dimensions().size() == 4;
+  p.has_segments = !reader.Absent(kOperands - 1);
 
   Shapes shapes;
   shapes.sequence = u;
@@ -180,13 +184,14 @@ ffi::ErrorOr<Forward> ParseForward(const Attributes& attributes, ffi::RemainingA
                                    ffi::RemainingRets rets) {
   Reader reader("jax_sscan forward", args, rets);
   Forward p{};
-  if (!reader.Count(kOperands, 3)) return ffi::Unexpected(reader.error());
+  if (!reader.Count(kOperands, 4)) return ffi::Unexpected(reader.error());
   Shapes shapes = ParseOperands(reader, attributes, p);
   if (!reader.failed()) {
     p.out = reader.Ret(0, "out", shapes.sequence,
                        {DataType::F32, DataType::BF16, DataType::F16, DataType::F64});
     p.last_state = reader.OptionalRet(1, "last_state", shapes.state, {p.state});
     p.states = reader.OptionalRet(2, "states", shapes.states, {p.state});
+    reader.Workspace(p);
   }
   if (reader.failed()) return ffi::Unexpected(reader.error());
   return p;
@@ -219,8 +224,7 @@ ffi::ErrorOr<Backward> ParseBackward(const Attributes& attributes, ffi::Remainin
                     like(7, o.delta_bias, shapes.vector),
                     like(8, o.initial_state, shapes.state),
                     Array{}};
-    p.workspace_bytes = reader.RetBytes(kOperands - 1);
-    p.workspace = reader.Ret(kOperands - 1, "workspace", {p.workspace_bytes}, {DataType::U8});
+    reader.Workspace(p);
   }
   if (reader.failed()) return ffi::Unexpected(reader.error());
   return p;

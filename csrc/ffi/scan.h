@@ -35,11 +35,14 @@ struct Problem {
   // C have instances * dim rows, and so have their cotangents.
   int64_t instances;
   bool delta_softplus, reverse;
-  bool channel_last;          // layout "bld"; otherwise "bdl"
-  bool B_varies, C_varies;    // along the sequence; otherwise (dim, dstate)
+  bool channel_last;        // layout "bld"; otherwise "bdl"
+  bool B_varies, C_varies;  // along the sequence; otherwise (dim, dstate)
+  bool has_segments;
   int64_t restart_every = 0;  // steps after which the state restarts by itself; 0: never
   DataType state;             // of A, of the states and of the accumulators: F32, F64, C64 or C128
   Operands operands;
+  Array workspace;  // a result: bytes, as many as the Python side asked for
+  int64_t workspace_bytes;
 
   int64_t num_chunks() const { return (length + chunk - 1) / chunk; }
   int64_t group_dim() const { return dim / groups; }
@@ -55,8 +58,6 @@ struct Forward : Problem {
 struct Backward : Problem {
   Array states, out_cotangent, last_state_cotangent;
   Operands cotangents;  // results; of the same shapes and dtypes as the operands
-  Array workspace;      // bytes, as many as the Python side asked for
-  int64_t workspace_bytes;
 };
 
 // The static flags of a call, as attributes.

@@ -46,7 +46,7 @@ def implementations() -> dict[str, Implementation]:
     """
     found = {}
     native_platforms = []
-    for name in ("cuda", "cpu"):
+    for name in reversed(native.PLATFORMS):
         reason = native.missing(name)
         if reason is None:
             native_platforms.append(name)
@@ -61,7 +61,7 @@ def implementations() -> dict[str, Implementation]:
 def check_implementation(implementation: str | None) -> None:
     """Raises ``ValueError`` where ``implementation`` is unknown or cannot run here; warns of a fallback on a GPU."""
     if implementation is None:
-        _warn_of_gpu_fallback()
+        _warn_of_gpu_fallback(native.missing("cuda"))
         return
     if implementation not in NAMES:
         names = ", ".join(repr(name) for name in NAMES)
@@ -77,23 +77,18 @@ def check_implementation(implementation: str | None) -> None:
 _warned = False
 
 
-def _warn_of_gpu_fallback() -> None:
+def _warn_of_gpu_fallback(reason: str | None) -> None:
     """A fallback on a GPU is never silent: the first one warns, once per process."""
     global _warned
-    if _warned or jax.default_backend() not in _GPU_PLATFORMS:
+    if reason is None or _warned or jax.default_backend() not in _GPU_PLATFORMS:
         return
-    reason = native.missing("cuda")
-    if reason is not None:
-        _warned = True
-        warnings.warn(
-            f"jax_sscan runs its pure-JAX implementation on this GPU: {reason}",
-            stacklevel=4,
-        )
+    _warned = True
+    warnings.warn(f"jax_sscan runs its pure-JAX implementation on this GPU: {reason}", stacklevel=4)
 
 
 def chunk_length(implementation: str | None, size: Sizes) -> int:
     """Steps between two saved states: one length for whatever may run, since the states are a residual of all."""
-    is_pure = implementation == "xla" or not _native_platforms()
+    is_pure = implementation == "xla" or all(native.missing(platform) for platform in native.PLATFORMS)
     return (xla if is_pure else native).chunk_length(size)
 
 
@@ -101,12 +96,18 @@ def forward(
     operands: Operands, options: Options, save_states: bool, implementation: str | None
 ) -> tuple[jax.Array, jax.Array | None, Any]:
     """Runs the forward pass of ``implementation``, or of the best one for the platform it is lowered for."""
+    keywords: dict[str, Any] = {"options": options, "save_states": save_states}
     if implementation is None:
-        keywords: dict[str, Any] = {"options": options, "save_states": save_states}
-        branches = {platform: partial(native.forward, **keywords) for platform in _native_platforms()}
+        branches = {
+            platform: partial(native.forward, platform=platform, **keywords)
+            for platform in _native_platforms(operands, options)
+        }
         return jax.lax.platform_dependent(operands, default=partial(xla.forward, **keywords), **branches)
-    run = xla.forward if implementation == "xla" else native.forward
-    return run(operands, options, save_states)
+    if implementation == "xla":
+        return xla.forward(operands, **keywords)
+    if (reason := native.unsupported(implementation, operands, options)) is not None:
+        raise ValueError(f"implementation={implementation!r} cannot run this: {reason}; use implementation='xla'")
+    return native.forward(operands, platform=implementation, **keywords)
 
 
 def backward(
@@ -119,14 +120,23 @@ def backward(
     """Runs the backward pass that belongs to `forward`."""
     args = residuals, out_cotangent, last_state_cotangent
     if implementation is None:
-        branches = {platform: partial(native.backward, options=options) for platform in _native_platforms()}
+        branches = {
+            platform: partial(native.backward, options=options, platform=platform)
+            for platform in _native_platforms(residuals.operands, options)
+        }
         return jax.lax.platform_dependent(*args, default=partial(xla.backward, options=options), **branches)
-    run = xla.backward if implementation == "xla" else native.backward
-    return run(*args, options)
+    if implementation == "xla":
+        return xla.backward(*args, options)
+    return native.backward(*args, options, platform=implementation)
 
 
-def _native_platforms() -> list[str]:
-    return [name for name in ("cuda", "cpu") if native.missing(name) is None]
+def _native_platforms(operands: Operands, options: Options) -> list[str]:
+    """The platforms on which this scan runs natively."""
+    found = [platform for platform in native.PLATFORMS if native.missing(platform) is None]
+    if "cuda" in found and (reason := native.unsupported("cuda", operands, options)) is not None:
+        _warn_of_gpu_fallback(reason)
+        found.remove("cuda")
+    return found
 
 
 __all__ = [

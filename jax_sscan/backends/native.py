@@ -1,4 +1,4 @@
-"""The native implementations: the compiled extension, its registration with XLA, and its custom calls.
+"""The native implementations: the compiled extensions, their registration with XLA, and their custom calls.
 
 A custom call takes the operands of the canonical form in their order, absent ones as an empty float32 vector, and the
 static flags as attributes. It knows nothing of `jax.vmap`, so each call carries its own batching rule: the mapped axis
@@ -16,8 +16,16 @@ import numpy as np
 
 from jax_sscan.canonical import Operands, Options, Residuals, Sizes, is_varying, sizes
 
-# A saved state every 32 steps costs as much as half of u at dstate 16, and a chunk's history fits the L1 cache.
-_CHUNK = 32
+# Steps between two saved states, as many as the registers of the CUDA kernels hold the history of (kTile in
+# csrc/cuda/plan.h). A float32 state every 16 steps takes 4 bytes per element of u at dstate 16.
+_CHUNK = 16
+
+PLATFORMS = ("cpu", "cuda")
+
+# What the shared memory of a CUDA block holds; kMostStates in csrc/cuda/plan.h.
+_MOST_STATES = 1024
+
+_INSTALL = {"cpu": "install a C++17 compiler", "cuda": "install the CUDA toolkit (nvcc 12 or newer)"}
 
 
 def chunk_length(size: Sizes) -> int:
@@ -26,38 +34,39 @@ def chunk_length(size: Sizes) -> int:
 
 
 @functools.cache
-def _load() -> ModuleType | str:
-    """The extension module with its handlers registered, or the reason why it cannot be had."""
+def _load(platform: str) -> ModuleType | str:
+    """The extension module of a platform with its handlers registered, or the reason why it cannot be had."""
+    name = f"jax_sscan._{platform}"
     try:
-        extension = importlib.import_module("jax_sscan._native")
+        extension = importlib.import_module(name)
     except ModuleNotFoundError:
-        return (
-            "jax_sscan was installed without its compiled extension; install a C++17 compiler and reinstall jax_sscan"
-        )
+        return f"jax_sscan was installed without {name}; {_INSTALL[platform]} and reinstall jax_sscan"
     except ImportError as error:
-        return f"the compiled extension does not load ({error}); reinstall jax_sscan"
-    for platform, handlers in extension.handlers().items():
-        for name, handler in handlers.items():
-            jax.ffi.register_ffi_target(f"jax_sscan_{name}", handler, platform=platform)
+        return f"{name} does not load ({error}); reinstall jax_sscan"
+    for call, handler in extension.handlers().items():
+        jax.ffi.register_ffi_target(f"jax_sscan_{call}", handler, platform={"cuda": "CUDA"}.get(platform, platform))
     return extension
 
 
-def missing(implementation: str) -> str | None:
-    """Why the native ``implementation`` ("cpu" or "cuda") cannot run here, or None if it can."""
-    extension = _load()
-    if isinstance(extension, str):
-        return extension
-    info = extension.build_info()
-    if not info[implementation]:
-        return (
-            f"this build of jax_sscan {info['version']} holds no native {implementation} kernel; "
-            'use implementation="xla" or a build that has it'
-        )
+def missing(platform: str) -> str | None:
+    """Why the native implementation for ``platform`` ("cpu" or "cuda") cannot run here, or None if it can."""
+    extension = _load(platform)
+    return extension if isinstance(extension, str) else None
+
+
+def unsupported(platform: str, operands: Operands, options: Options) -> str | None:
+    """Why the native implementation for ``platform`` does not compute this scan, or None if it does."""
+    if platform != "cuda":
+        return None
+    if operands.A.shape[1] > _MOST_STATES:
+        return f"the CUDA kernels take up to {_MOST_STATES} states, and this scan has {operands.A.shape[1]}"
+    if np.float64 in (jnp.finfo(operands.A.dtype).dtype, options.out_dtype):
+        return "the CUDA kernels compute in float32 and complex64, and this scan has float64 or complex128 in it"
     return None
 
 
 def forward(
-    operands: Operands, options: Options, save_states: bool, instances: int = 1
+    operands: Operands, options: Options, save_states: bool, platform: str, instances: int = 1
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     """Runs the native forward kernel; see `jax_sscan.backends` for the contract.
 
@@ -65,18 +74,19 @@ def forward(
         operands: canonical operands; with several instances the weights have instances * dim rows.
         options: the static flags.
         save_states: whether to save the states for a backward pass.
+        platform: whose kernel: "cpu" or "cuda".
         instances: equal parts of the batch that have weights of their own.
     """
     leaves, tree = jax.tree.flatten(operands)
 
     @jax.custom_batching.custom_vmap
     def call(*leaves: jax.Array) -> Any:
-        return _forward_call(tree.unflatten(leaves), options, save_states, instances)
+        return _forward_call(tree.unflatten(leaves), options, save_states, platform, instances)
 
     @call.def_vmap
     def _(axis_size: int, batched: list[bool], *leaves: jax.Array) -> Any:
         folded = _fold(tree.unflatten(leaves), tree.unflatten(batched), axis_size)
-        return _unfold(forward(folded, options, save_states, axis_size * instances), axis_size)
+        return _unfold(forward(folded, options, save_states, platform, axis_size * instances), axis_size)
 
     return call(*leaves)
 
@@ -86,20 +96,22 @@ def backward(
     out_cotangent: jax.Array,
     last_state_cotangent: jax.Array | None,
     options: Options,
+    platform: str,
     instances: int = 1,
 ) -> Operands:
-    """Runs the native backward kernel; see `jax_sscan.backends` for the contract and `forward` for instances."""
+    """Runs the native backward kernel; see `jax_sscan.backends` for the contract and `forward` for the rest."""
     leaves, tree = jax.tree.flatten((residuals, out_cotangent, last_state_cotangent))
 
     @jax.custom_batching.custom_vmap
     def call(*leaves: jax.Array) -> Any:
         residuals, out_cotangent, last_state_cotangent = tree.unflatten(leaves)
-        return _backward_call(residuals, out_cotangent, last_state_cotangent, options, instances)
+        return _backward_call(residuals, out_cotangent, last_state_cotangent, options, platform, instances)
 
     @call.def_vmap
     def _(axis_size: int, batched: list[bool], *leaves: jax.Array) -> Any:
         residuals, *cotangents = _fold(tree.unflatten(leaves), tree.unflatten(batched), axis_size)
-        return _unfold(backward(residuals, cotangents[0], cotangents[1], options, axis_size * instances), axis_size)
+        results = backward(residuals, cotangents[0], cotangents[1], options, platform, axis_size * instances)
+        return _unfold(results, axis_size)
 
     return call(*leaves)
 
@@ -144,8 +156,29 @@ def _present(results: Any, shapes: Any) -> list[jax.Array | None]:
     return [None if shape is _ABSENT else result for result, shape in zip(results, shapes, strict=True)]
 
 
+def _workspaces(
+    operands: Operands, options: Options, has_states: bool, platform: str, instances: int
+) -> list[jax.ShapeDtypeStruct]:
+    """The workspace results of the forward and the backward call."""
+    extension = _load(platform)
+    assert not isinstance(extension, str)  # check_implementation has seen to it
+    workspaces = extension.workspace_bytes(
+        *sizes(operands, options.layout),
+        chunk=options.chunk,
+        instances=instances,
+        channel_last=options.layout == "bld",
+        B_varies=is_varying(operands.B),
+        C_varies=is_varying(operands.C),
+        has_segments=operands.segment_ids is not None,
+        is_complex=jnp.iscomplexobj(operands.A),
+        is_double=jnp.finfo(operands.A.dtype).dtype == jnp.float64,
+        has_states=has_states,
+    )
+    return [jax.ShapeDtypeStruct((size,), np.uint8) for size in workspaces]
+
+
 def _forward_call(
-    operands: Operands, options: Options, save_states: bool, instances: int
+    operands: Operands, options: Options, save_states: bool, platform: str, instances: int
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     size = sizes(operands, options.layout)
     dtype, chunks = operands.A.dtype, -(-size.length // options.chunk)
@@ -156,8 +189,9 @@ def _forward_call(
         state if options.last_state else _ABSENT,
         states if save_states else _ABSENT,
     )
-    call = jax.ffi.ffi_call("jax_sscan_forward", shapes)
-    results = call(*_call_operands(*operands), **_attributes(operands, options, instances))
+    workspace, _ = _workspaces(operands, options, False, platform, instances)
+    call = jax.ffi.ffi_call("jax_sscan_forward", (*shapes, workspace))
+    *results, _ = call(*_call_operands(*operands), **_attributes(operands, options, instances))
     out, last_state, saved = _present(results, shapes)
     assert out is not None
     return out, last_state, saved
@@ -168,25 +202,14 @@ def _backward_call(
     out_cotangent: jax.Array,
     last_state_cotangent: jax.Array | None,
     options: Options,
+    platform: str,
     instances: int,
 ) -> Operands:
     operands = residuals.operands
-    attributes = _attributes(operands, options, instances)
-    extension = _load()
-    assert not isinstance(extension, str)  # check_implementation has seen to it
-    workspace = extension.cpu_workspace_bytes(
-        *sizes(operands, options.layout),
-        chunk=options.chunk,
-        instances=instances,
-        channel_last=options.layout == "bld",
-        has_states=not (operands.initial_state is None and last_state_cotangent is None),
-        B_varies=is_varying(operands.B),
-        C_varies=is_varying(operands.C),
-        is_complex=jnp.iscomplexobj(operands.A),
-        is_double=jnp.finfo(operands.A.dtype).dtype == jnp.float64,
-    )
+    has_states = not (operands.initial_state is None and last_state_cotangent is None)
+    _, workspace = _workspaces(operands, options, has_states, platform, instances)
     shapes = [_ABSENT if x is None else jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands[:-1]]
-    call = jax.ffi.ffi_call("jax_sscan_backward", (*shapes, jax.ShapeDtypeStruct((workspace,), np.uint8)))
+    call = jax.ffi.ffi_call("jax_sscan_backward", (*shapes, workspace))
     arrays = _call_operands(*operands, residuals.states, out_cotangent, last_state_cotangent)
-    *cotangents, _ = call(*arrays, **attributes)
+    *cotangents, _ = call(*arrays, **_attributes(operands, options, instances))
     return Operands(*_present(cotangents, shapes))

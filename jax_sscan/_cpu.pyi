@@ -5,13 +5,11 @@ class BuildInfo(TypedDict):
     compiler: str
     build_type: str
     ffi_api: tuple[int, int]
-    cpu: bool
-    cuda: bool
-    cpu_target: str
+    target: str
 
 def build_info() -> BuildInfo: ...
-def handlers() -> dict[str, dict[str, Any]]: ...
-def cpu_workspace_bytes(
+def handlers() -> dict[str, Any]: ...
+def workspace_bytes(
     batch: int,
     dim: int,
     length: int,
@@ -20,9 +18,10 @@ def cpu_workspace_bytes(
     chunk: int,
     instances: int,
     channel_last: bool,
-    has_states: bool,
     B_varies: bool,
     C_varies: bool,
+    has_segments: bool,
     is_complex: bool,
     is_double: bool,
-) -> int: ...
+    has_states: bool,
+) -> tuple[int, int]: ...

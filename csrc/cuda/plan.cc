@@ -1,0 +1,178 @@
+#include "cuda/plan.h"
+
+#include <algorithm>
+#include <initializer_list>
+
+namespace jax_sscan::gpu {
+namespace {
+
+// What the choice is made for, an H100 or H200. On another GPU it is as right, and a little less
+// fast.
+constexpr int64_t kMultiprocessors = 132;
+// Shorter spans spend their time on entering and leaving.
+constexpr int kShortestSpan = 8;
+// The passes before and between spans, in microseconds: per state and step, and for their launches.
+constexpr double kCarryTime = 0.22e-6, kCarryLaunches = 8.0;
+
+int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// A kernel that could run, and how long it takes.
+struct Candidate {
+  Shape shape;
+  int threads;
+  int slots;  // blocks that fit a multiprocessor
+  // Microseconds a tile takes (kTile steps of a block's channels, one group of states) where k
+  // blocks share a multiprocessor: alone + (k - 1) * another. Measured on an H200.
+  double alone, another;
+};
+
+double TileTime(const Candidate& c, int64_t blocks) {
+  const int64_t each = CeilDiv(blocks, kMultiprocessors);
+  auto together = [&](int64_t k) {
+    return k ? c.alone + static_cast<double>(k - 1) * c.another : 0.0;
+  };
+  return static_cast<double>(each / c.slots) * together(c.slots) + together(each % c.slots);
+}
+
+// The fastest way to cut a problem up, according to the measured times.
+Plan Cut(const Problem& p, std::initializer_list<Candidate> candidates) {
+  Plan best{};
+  double best_time = 0.0;
+  for (const Candidate& c : candidates) {
+    Plan plan{};
+    plan.shape = c.shape;
+    plan.threads = c.threads;
+    plan.block_channels = c.threads / c.shape.lanes * c.shape.channels;
+    plan.blocks_per_group = static_cast<int>(CeilDiv(p.group_dim(), plan.block_channels));
+    plan.blocks = p.batch * p.groups * plan.blocks_per_group;
+    plan.tiles = static_cast<int>(CeilDiv(p.length, kTile));
+    plan.last_steps = static_cast<int>(p.length - (plan.tiles - 1) * int64_t{kTile});
+    plan.state_groups = static_cast<int>(CeilDiv(p.dstate, c.shape.group()));
+    const double states =
+        static_cast<double>(p.batch * p.dim * p.length) * static_cast<double>(p.dstate);
+    const int64_t most = std::clamp<int64_t>(c.slots * kMultiprocessors / plan.blocks, 1,
+                                             std::max(plan.tiles / kShortestSpan, 1));
+    for (int64_t spans = 1; spans <= most; ++spans) {
+      plan.span_tiles = static_cast<int>(CeilDiv(plan.tiles, spans));
+      plan.spans = static_cast<int>(CeilDiv(plan.tiles, plan.span_tiles));
+      double time = TileTime(c, plan.blocks * plan.spans) * plan.span_tiles * plan.state_groups;
+      if (plan.spans > 1) time += states * kCarryTime + kCarryLaunches;
+      if (best.threads && time >= best_time) continue;
+      best = plan;
+      best_time = time;
+    }
+  }
+  return best;
+}
+
+struct Layout {
+  int64_t bytes = 0;
+  int64_t Take(int64_t count, int64_t size) {
+    const int64_t first = bytes;
+    bytes += (count * size + 255) / 256 * 256;
+    return first;
+  }
+};
+
+}  // namespace
+
+Plan Plan::Forward(const Problem& p, bool plain) {
+  if (!plain) return Cut(p, {{{2, 8, 1}, 128, 4, 1.4, 0.5}});
+  if (p.dstate <= 4) return Cut(p, {{{2, 2, 1}, 128, 4, 1.4, 0.5}});
+  if (p.dstate <= 16) return Cut(p, {{{4, 4, 1}, 128, 4, 1.1, 0.4}});
+  return Cut(p, {{{4, 16, 1}, 128, 4, 1.1, 0.4}});
+}
+
+Plan Plan::Backward(const Problem& p, bool plain) {
+  if (!plain && p.dstate > 64)
+    return Cut(p, {{IsComplex(p) ? Shape{1, 32, 1} : Shape{2, 32, 1}, 128, 3, 5.0, 2.0}});
+  if (!plain) return Cut(p, {{IsComplex(p) ? Shape{1, 16, 1} : Shape{2, 8, 1}, 384, 1, 9.0, 0.0}});
+  if (p.dstate > 16) return Cut(p, {{{2, 32, 2}, 384, 1, 6.6, 0.0}});
+  return Cut(p, {{{2, 8, 2}, 384, 1, 6.8, 0.0}, {{4, 4, 2}, 128, 2, 6.6, 3.0}});
+}
+
+int64_t ForwardWorkspace::Enough(const Problem& p) {
+  return std::max(ForwardWorkspace(p, Plan::Forward(p, true)).bytes,
+                  ForwardWorkspace(p, Plan::Forward(p, false)).bytes);
+}
+
+int64_t BackwardWorkspace::Enough(const Problem& p) {
+  return std::max(BackwardWorkspace(p, Plan::Backward(p, true)).bytes,
+                  BackwardWorkspace(p, Plan::Backward(p, false)).bytes);
+}
+
+ForwardWorkspace::ForwardWorkspace(const Problem& p, const Plan& plan) {
+  Layout layout;
+  const int64_t number = IsComplex(p) ? 8 : 4, rows = (plan.spans - 1) * p.batch;
+  carry = layout.Take(rows * p.dim * p.dstate, number);
+  sum_delta = layout.Take(rows * p.dim, 4);
+  bytes = layout.bytes;
+}
+
+BackwardWorkspace::BackwardWorkspace(const Problem& p, const Plan& plan) {
+  Layout layout;
+  const int64_t number = IsComplex(p) ? 8 : 4, rows = (plan.spans - 1) * p.batch;
+  carry = layout.Take(rows * p.dim * p.dstate, number);
+  sum_delta = layout.Take(rows * p.dim, 4);
+  const int64_t weight = plan.spans * p.batch * p.dim * p.dstate;
+  const int64_t varying = plan.blocks * p.length * p.dstate;
+  dA = layout.Take(weight, number);
+  dB = layout.Take(p.B_varies ? varying : weight, number);
+  dC = layout.Take(p.C_varies ? varying : weight, number);
+  dD = layout.Take(plan.spans * p.batch * p.dim, 4);
+  d_bias = layout.Take(plan.spans * p.batch * p.dim, 4);
+  bytes = layout.bytes;
+}
+
+namespace {
+
+// Arrays that are not there say nothing.
+Elements ElementsOf(std::initializer_list<Array> arrays) {
+  DataType dtype = DataType::INVALID;
+  for (const Array& x : arrays) {
+    if (!x) continue;
+    if (dtype != DataType::INVALID && dtype != x.dtype) return Elements::kMixed;
+    dtype = x.dtype;
+  }
+  switch (dtype) {
+    case DataType::F32:
+      return Elements::kFloat;
+    case DataType::BF16:
+      return Elements::kBfloat;
+    case DataType::F16:
+      return Elements::kHalf;
+    default:
+      return Elements::kMixed;
+  }
+}
+
+bool PairsAligned(std::initializer_list<Array> arrays) {
+  for (const Array& x : arrays) {
+    if (x && reinterpret_cast<uintptr_t>(x.data) % (2 * ffi::ByteWidth(x.dtype))) return false;
+  }
+  return true;
+}
+
+Elements Plain(const Problem& p, std::initializer_list<Array> arrays) {
+  const bool sequences_even = (p.channel_last ? p.group_dim() : p.length) % 2 == 0;
+  const bool projections_even = (p.channel_last ? p.dstate : p.length) % 2 == 0;
+  // The backward kernels of the plain case have less shared memory to spare for waiting states.
+  const bool few_states = p.dstate <= kMostStates / 4;
+  const bool plain = p.B_varies && p.C_varies && !p.has_segments && !IsComplex(p) && few_states;
+  return plain && sequences_even && projections_even && PairsAligned(arrays) ? ElementsOf(arrays)
+                                                                             : Elements::kMixed;
+}
+
+}  // namespace
+
+Elements PlainElements(const Forward& p) {
+  const Operands& o = p.operands;
+  return Plain(p, {o.u, o.delta, o.B, o.C, o.z, p.out});
+}
+
+Elements PlainElements(const Backward& p) {
+  const Operands &o = p.operands, &ct = p.cotangents;
+  return Plain(p, {o.u, o.delta, o.B, o.C, o.z, p.out_cotangent, ct.u, ct.delta, ct.B, ct.C, ct.z});
+}
+
+}  // namespace jax_sscan::gpu

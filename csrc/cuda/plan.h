@@ -1,0 +1,74 @@
+// How a problem is cut up for the GPU, and what its kernels share in workspace. Sizes only: the
+// same plan is made where XLA is told of the workspace (Python, no GPU needed) and where kernels
+// start.
+#pragma once
+
+#include "ffi/scan.h"
+
+namespace jax_sscan::gpu {
+
+// Steps that a block takes at a time, and steps between two saved states.
+constexpr int kTile = 16;
+
+inline bool IsComplex(const Problem& p) { return ffi::ToReal(p.state) != p.state; }
+
+// More states do not fit in shared memory, where they wait their turn (kept in step with
+// _MOST_STATES in jax_sscan/backends/native.py).
+constexpr int64_t kMostStates = 1024;
+
+// One way to lay a scan over threads: a channel's states lie on `lanes` lanes of a warp, `states`
+// on each, and a lane serves `channels` adjacent channels at once.
+struct Shape {
+  int states, lanes, channels;
+  int group() const { return states * lanes; }  // states taken at a time; more are taken in turn
+};
+
+struct Plan {
+  Shape shape;
+  int threads;           // of a block
+  int block_channels;    // channels of a block, all of one group and batch row
+  int blocks_per_group;  // blocks side by side over the channels of a group
+  int64_t blocks;        // over batch, groups and channels
+  int tiles;             // of kTile steps along the sequence
+  int last_steps;        // in the last of them
+  // Where batch * dim cannot fill the GPU, the sequence is cut into spans that run at once. A pass
+  // before then finds the state (the adjoint, going back) that enters each.
+  int spans, span_tiles;
+  int state_groups;  // groups of states taken in turn
+
+  // plain: there is an element type for PlainElements to name.
+  static Plan Forward(const Problem& p, bool plain);
+  static Plan Backward(const Problem& p, bool plain);
+};
+
+// Parts of the workspace, in bytes from its start. All numbers are float or Complex of them.
+struct ForwardWorkspace {
+  // For each span but the first (in processing order): carry (spans - 1, batch, dstate, dim), the
+  // state that enters it, and sum_delta (spans - 1, batch, dim) of the span before it.
+  int64_t carry, sum_delta;
+  int64_t bytes;
+  ForwardWorkspace(const Problem& p, const Plan& plan);
+  // Enough for whichever plan it will be.
+  static int64_t Enough(const Problem& p);
+};
+
+struct BackwardWorkspace {
+  int64_t carry, sum_delta;  // as above, for adjoints; spans counted from the end
+  // Partial sums: dB and dC (batch, groups, blocks_per_group, length * dstate) where they vary, and
+  // (spans, batch, dim, dstate) where they do not; dA like those; dD and d_bias (spans, batch,
+  // dim).
+  int64_t dA, dB, dC, dD, d_bias;
+  int64_t bytes;
+  BackwardWorkspace(const Problem& p, const Plan& plan);
+  static int64_t Enough(const Problem& p);
+};
+
+// How the elements of some arrays are stored: all in one dtype, or in one each.
+enum class Elements { kMixed, kFloat, kBfloat, kHalf };
+
+// The dtype that all arrays along the sequence share, where the case is plain and neighbours in
+// memory may be moved two at a time; kMixed otherwise.
+Elements PlainElements(const Forward& p);
+Elements PlainElements(const Backward& p);
+
+}  // namespace jax_sscan::gpu

@@ -1,0 +1,288 @@
+// The states that enter the spans of a sequence that was cut up, so that all its spans run at once.
+//
+// Computes, for every span but the last (the first, going back), the state that it would end with
+// had it begun with 0, and the sum of its deltas, from which comes by how much the state it really
+// begins with decays. A second kernel then goes through the spans in order. Going back, the same
+// holds for the adjoint, with C and the cotangent of y in the place of B and delta * u.
+//
+// Work, registers and shared memory are those of the forward kernel, less C and y; cost per
+// (b, d, t, n): one exp2, two multiplies, one FMA. A span in which the state starts anew passes
+// nothing on: its sum is marked by a NaN.
+#include <type_traits>
+
+#include "cuda/scan.h"
+#include "cuda/tile.cuh"
+
+namespace jax_sscan::gpu {
+namespace {
+
+constexpr int kThreads = 128, kStates = 2, kLanes = 8;
+constexpr int kChannels = kThreads / kLanes, kGroup = kStates * kLanes;
+
+template <typename Number, Elements kElements, Layout kLayout>
+struct SpanShared {
+  static constexpr bool kPlain = kElements != Elements::kMixed;
+  using Sequences = Tile<kThreads, kChannels, 2, kElements, kLayout>;
+  using Projections = Tile<kThreads, kGroup * NumberTraits<Number>::kParts, 4, kElements, kLayout>;
+  static constexpr int kRow = Projections::kRow / NumberTraits<Number>::kParts;
+  static constexpr int kRows = kPlain || kTile > kChannels ? kTile : kChannels;
+  alignas(16) float2 steps[Sequences::kCells];  // delta, input
+  alignas(16) Number B[kRows * kRow];
+  float2 vectors[kChannels];  // D, delta_bias
+  uint32_t restarts;
+};
+
+template <typename Pass, typename Number, Elements kElements, Layout kLayout>
+__global__ void __launch_bounds__(kThreads)
+    SpanKernel(const __grid_constant__ Pass p, const __grid_constant__ Plan plan,
+               Number* __restrict__ carry, float* __restrict__ sum_delta) {
+  constexpr bool kBackward = std::is_same_v<Pass, Backward>;
+  using Shared = SpanShared<Number, kElements, kLayout>;
+  using Sequences = typename Shared::Sequences;
+  using Projections = typename Shared::Projections;
+  constexpr bool kPlain = Shared::kPlain;
+  constexpr int kRow = Shared::kRow, kParts = NumberTraits<Number>::kParts;
+  extern __shared__ char memory[];
+  Shared& shared = *reinterpret_cast<Shared*>(memory);
+  Number* waiting = reinterpret_cast<Number*>(memory + sizeof(Shared)) + threadIdx.x;
+
+  const Operands& o = p.operands;
+  const Block block(p, plan);
+  const bool reversed = p.reverse != kBackward;
+  const Sequences sequences(SequenceLines(p, block), reversed);
+  const Projections projections(ProjectionLines<kParts>(p, block), reversed);
+  StageVectors<kThreads, kChannels>(p, block, shared.vectors);
+  const Array& from_B = kBackward ? o.C : o.B;
+  const bool varies = kPlain || (kBackward ? p.C_varies : p.B_varies);
+  const int lane = threadIdx.x % kLanes, channel = threadIdx.x / kLanes;
+
+  // The span-th in the order of this pass; its tiles in that order.
+  const int span = static_cast<int>(kBackward ? plan.spans - 1 - block.span : block.span);
+  const int first_tile = span * plan.span_tiles;
+  const int tiles =
+      (first_tile + plan.span_tiles < plan.tiles ? plan.span_tiles : plan.tiles - first_tile);
+  auto rows_of = [&](int i) {
+    Rows rows(p, plan, first_tile + (kBackward ? tiles - 1 - i : i), p.reverse);
+    rows.reversed = reversed;
+    return rows;
+  };
+  Number rate[kStates], h[kStates];
+  auto load_group = [&](int group) {
+#pragma unroll
+    for (int i = 0; i < kStates; ++i)
+      rate[i] =
+          Rate(LoadWeight<Number>(o.A, p, block, channel, group * kGroup + lane * kStates + i));
+  };
+#pragma unroll
+  for (int i = 0; i < kStates; ++i) h[i] = Number{};
+  if (plan.state_groups > 1)
+    for (int i = 0; i < plan.state_groups * kStates; ++i) waiting[i * kThreads] = Number{};
+  load_group(0);
+  float sum = 0.0f;
+  bool restarted = false;
+
+  typename Sequences::Raw input, delta, z;
+  typename Projections::Raw raw;
+  auto load_tile = [&](const Rows& rows) {
+    sequences.Load(o.delta, rows, &delta);
+    if constexpr (kBackward) {
+      sequences.Load(p.out_cotangent, rows, &input);
+      if (o.z.data) sequences.Load(o.z, rows, &z);
+    } else {
+      sequences.Load(o.u, rows, &input);
+    }
+  };
+  auto load_projection = [&](const Rows& rows, int group) {
+    if (!varies) return;
+    projections.Load(from_B, rows, &raw, group * kGroup * kParts);
+  };
+  load_tile(rows_of(0));
+  load_projection(rows_of(0), 0);
+  __syncthreads();
+
+  for (int tile = 0; tile < tiles; ++tile) {
+    const Rows rows = rows_of(tile);
+#pragma unroll
+    for (int k = 0; k < Sequences::kCount; ++k) {
+      float2 value = sequences.Widen(delta.pair[k], o.delta);
+      value = {value.x + shared.vectors[sequences.LineOf(k, 0)].y,
+               value.y + shared.vectors[sequences.LineOf(k, 1)].y};
+      if (p.delta_softplus) value = {Softplus(value.x).value, Softplus(value.y).value};
+      if (!sequences.Exists(k, 0, rows)) value.x = 0.0f;
+      if (!sequences.Exists(k, 1, rows)) value.y = 0.0f;
+      float2 in;
+      if constexpr (kBackward) {
+        in = sequences.Widen(input.pair[k], p.out_cotangent);
+        if (o.z.data) {
+          const float2 x = sequences.Widen(z.pair[k], o.z);
+          in = {in.x * x.x * Sigmoid(x.x), in.y * x.y * Sigmoid(x.y)};
+        }
+        // y = 2 Re sum C h for complex numbers: the walk sees its cotangent doubled.
+        in = {in.x * kParts, in.y * kParts};
+      } else {
+        in = sequences.Widen(input.pair[k], o.u);
+        in = {in.x * value.x, in.y * value.y};
+      }
+      sequences.Put(shared.steps, k, {value.x, in.x}, {value.y, in.y});
+    }
+    uint32_t restarts = 0;
+    if (!kPlain && p.has_segments && threadIdx.x < kWarp) {
+      restarts = Restarts(p, block.row, rows);
+      if (threadIdx.x == 0) shared.restarts = restarts;
+    }
+    for (int group = 0; group < plan.state_groups; ++group) {
+      if (group) __syncthreads();
+      if (varies) {
+#pragma unroll
+        for (int k = 0; k < Projections::kCount; ++k) {
+          const float2 x = projections.Widen(raw.pair[k], from_B);
+          projections.Put(reinterpret_cast<float*>(shared.B), k, x.x, x.y);
+        }
+      } else {
+        StageFixed<Number, kThreads, kChannels, kGroup, kRow>(p, block, from_B, group * kGroup,
+                                                              shared.B);
+      }
+      __syncthreads();
+      if (!kPlain && p.has_segments) restarts = shared.restarts;
+      if (group + 1 < plan.state_groups)
+        load_projection(rows, group + 1);
+      else if (tile + 1 < tiles)
+        load_tile(rows_of(tile + 1)), load_projection(rows_of(tile + 1), 0);
+      if (plan.state_groups > 1) {
+        load_group(group);
+#pragma unroll
+        for (int i = 0; i < kStates; ++i) h[i] = waiting[(group * kStates + i) * kThreads];
+      }
+      const Number* at_B = shared.B + lane * kStates + (varies ? 0 : channel * kRow);
+      const int step_B = varies ? kRow : 0;
+#pragma unroll
+      for (int i = 0; i < kTile; ++i) {
+        const float2 step = shared.steps[i * Sequences::kRow + channel];
+        Number b[kStates];
+        LoadStates(at_B + i * step_B, b);
+        if (!group) sum += step.x;
+        [[maybe_unused]] const bool restart = restarts & 1u << i;
+#pragma unroll
+        for (int n = 0; n < kStates; ++n) {
+          if constexpr (!kPlain && !kBackward) h[n] = Unless(restart, h[n]);
+          if constexpr (kBackward)
+            h[n] = Decay(rate[n], step.x) * MultiplyAdd(b[n], step.y, h[n]);
+          else
+            h[n] = MultiplyAdd(Decay(rate[n], step.x), h[n], b[n] * step.y);
+          if constexpr (!kPlain && kBackward) h[n] = Unless(restart, h[n]);
+        }
+      }
+      if (plan.state_groups > 1) {
+#pragma unroll
+        for (int i = 0; i < kStates; ++i) waiting[(group * kStates + i) * kThreads] = h[i];
+      }
+    }
+    restarted |= restarts != 0;
+    __syncthreads();
+  }
+
+  if (channel >= block.channels) return;
+  const int64_t slot = block.span * p.batch + block.row;
+  for (int group = 0; group < plan.state_groups; ++group) {
+#pragma unroll
+    for (int i = 0; i < kStates; ++i) {
+      const int64_t n = group * kGroup + lane * kStates + i;
+      if (plan.state_groups > 1) h[i] = waiting[(group * kStates + i) * kThreads];
+      if (n < p.dstate) carry[TransposedIndex(p, block, slot, channel, n)] = h[i];
+    }
+  }
+  if (lane == 0)
+    sum_delta[slot * p.dim + block.first_channel + channel] =
+        restarted ? __int_as_float(0x7fffffff) : sum;
+}
+
+// One thread per (batch row, state, channel).
+template <typename Number>
+__global__ void CombineKernel(const __grid_constant__ Problem p, int64_t spans,
+                              const Number* __restrict__ first, Number* __restrict__ carry,
+                              const float* __restrict__ sum_delta) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= p.batch * p.dstate * p.dim) return;
+  const int64_t channel = i % p.dim, n = i / p.dim % p.dstate, row = i / (p.dim * p.dstate);
+  const int64_t instance = row / (p.batch / p.instances);
+  const Number rate = Rate(
+      static_cast<const Number*>(p.operands.A.data)[(instance * p.dim + channel) * p.dstate + n]);
+  Number x{};
+  if (first) x = first[(row * p.dim + channel) * p.dstate + n];
+  for (int64_t span = 0; span < spans - 1; ++span) {
+    const int64_t slot = span * p.batch + row;
+    const float sum = sum_delta[slot * p.dim + channel];
+    Number& end = carry[(slot * p.dstate + n) * p.dim + channel];
+    x = isnan(sum) ? end : MultiplyAdd(Decay(rate, sum), x, end);
+    end = x;
+  }
+}
+
+template <typename Number, typename Pass>
+Error Launch(const Pass& p, Plan plan, const Array& first, Number* carry, float* sum_delta,
+             Stream stream) {
+  plan.shape = {kStates, kLanes, 1};
+  plan.threads = kThreads;
+  plan.block_channels = kChannels;
+  plan.blocks_per_group = static_cast<int>((p.group_dim() + kChannels - 1) / kChannels);
+  plan.blocks = p.batch * p.groups * plan.blocks_per_group;
+  plan.state_groups = static_cast<int>((p.dstate + kGroup - 1) / kGroup);
+  auto launch = [&](auto elements, auto layout) {
+    constexpr Elements kElements = decltype(elements)::value;
+    constexpr Layout kLayout = decltype(layout)::value;
+    const auto kernel = SpanKernel<Pass, Number, kElements, kLayout>;
+    int bytes = sizeof(SpanShared<Number, kElements, kLayout>);
+    if (plan.state_groups > 1) bytes += plan.state_groups * kStates * kThreads * sizeof(Number);
+    if (const Error error = AllowSharedBytes(kernel, bytes); error != kSuccess) return error;
+    kernel<<<static_cast<unsigned>(plan.blocks * (plan.spans - 1)), kThreads, bytes, stream>>>(
+        p, plan, carry, sum_delta);
+    return LastError();
+  };
+  [[maybe_unused]] auto launch_layout = [&](auto elements) {
+    return p.channel_last ? launch(elements, std::integral_constant<Layout, Layout::kChannelLast>{})
+                          : launch(elements, std::integral_constant<Layout, Layout::kTimeLast>{});
+  };
+  auto choose = [&] {
+    if constexpr (std::is_same_v<Number, float>) {
+      switch (PlainElements(p)) {
+        case Elements::kFloat:
+          return launch_layout(std::integral_constant<Elements, Elements::kFloat>{});
+        case Elements::kBfloat:
+          return launch_layout(std::integral_constant<Elements, Elements::kBfloat>{});
+        case Elements::kHalf:
+          return launch_layout(std::integral_constant<Elements, Elements::kHalf>{});
+        default:
+          break;
+      }
+    }
+    return launch(std::integral_constant<Elements, Elements::kMixed>{},
+                  std::integral_constant<Layout, Layout::kAny>{});
+  };
+  if (const Error error = choose(); error != kSuccess) return error;
+  const int64_t count = p.batch * p.dstate * p.dim;
+  CombineKernel<Number><<<static_cast<unsigned>((count + 127) / 128), 128, 0, stream>>>(
+      p, plan.spans, static_cast<const Number*>(first.data), carry, sum_delta);
+  return LastError();
+}
+
+template <typename Pass>
+Error LaunchAny(const Pass& p, const Plan& plan, const Array& first, void* carry, void* sum_delta,
+                Stream stream) {
+  float* sums = static_cast<float*>(sum_delta);
+  return IsComplex(p) ? Launch(p, plan, first, static_cast<Complex*>(carry), sums, stream)
+                      : Launch(p, plan, first, static_cast<float*>(carry), sums, stream);
+}
+
+}  // namespace
+
+Error LaunchCarries(const Forward& p, const Plan& plan, void* carry, void* sum_delta,
+                    Stream stream) {
+  return LaunchAny(p, plan, p.operands.initial_state, carry, sum_delta, stream);
+}
+
+Error LaunchCarries(const Backward& p, const Plan& plan, void* carry, void* sum_delta,
+                    Stream stream) {
+  return LaunchAny(p, plan, p.last_state_cotangent, carry, sum_delta, stream);
+}
+
+}  // namespace jax_sscan::gpu

@@ -1,0 +1,371 @@
+// Tiles: kTile steps of some lines, between global and shared memory. Lines are channels for
+// sequences (u, delta, z, out and their cotangents) and states for B and C.
+//
+// A tile's rows are in processing order, whichever way time runs: row i is step t0 + i, or, when
+// reversed, step t0 + kTile - 1 - i. Rows without a step (at the end of the sequence) and lines
+// that are not there are 0.
+//
+// Each thread moves the same few pairs of neighbours in memory of every tile: two lines of a step,
+// or two steps of a line. It loads the next tile's into registers while the block computes, so that
+// no one waits for memory.
+#pragma once
+
+#include <type_traits>
+
+#include "cuda/number.cuh"
+#include "cuda/plan.h"
+
+namespace jax_sscan::gpu {
+
+// Where a block works.
+struct Block {
+  int64_t span, row, group, instance;
+  int64_t index_in_group;
+  int64_t first_channel;  // of dim
+  int channels;           // at most plan.block_channels
+
+  __device__ Block(const Problem& p, const Plan& plan) {
+    int64_t i = blockIdx.x;
+    index_in_group = i % plan.blocks_per_group;
+    i /= plan.blocks_per_group;
+    group = i % p.groups;
+    i /= p.groups;
+    row = i % p.batch;
+    span = i / p.batch;
+    instance = row / (p.batch / p.instances);
+    const int64_t group_dim = p.dim / p.groups;
+    const int64_t first = index_in_group * plan.block_channels;
+    first_channel = group * group_dim + first;
+    const int64_t rest = group_dim - first;
+    channels = static_cast<int>(rest < plan.block_channels ? rest : plan.block_channels);
+  }
+};
+
+// Which steps a tile holds.
+struct Rows {
+  int64_t t0;
+  int steps;
+  bool reversed;
+
+  // The tile that comes index-th when the sequence is processed in this direction.
+  __device__ Rows(const Problem& p, const Plan& plan, int index, bool reversed)
+      : reversed(reversed) {
+    const int tile = reversed ? plan.tiles - 1 - index : index;
+    t0 = static_cast<int64_t>(tile) * kTile;
+    steps = tile + 1 == plan.tiles ? plan.last_steps : kTile;
+  }
+  // Of the step t0 + offset; its own inverse.
+  __device__ int Row(int offset) const { return reversed ? kTile - 1 - offset : offset; }
+};
+
+// Bit i: the state starts anew at row i. To be called by one warp.
+__device__ inline uint32_t Restarts(const Problem& p, int64_t batch_row, const Rows& rows) {
+  const int lane = threadIdx.x % kWarp;
+  bool restarts = false;
+  if (lane < kTile) {
+    const int offset = rows.Row(lane);
+    const int64_t t = rows.t0 + offset, previous = p.reverse ? t + 1 : t - 1;
+    if (offset < rows.steps && previous >= 0 && previous < p.length) {
+      const int32_t* ids =
+          static_cast<const int32_t*>(p.operands.segment_ids.data) + batch_row * p.length;
+      restarts = ids[t] != ids[previous];
+    }
+  }
+  return Ballot(restarts);
+}
+
+// How the time runs in memory: known to the code or not.
+enum class Layout { kAny, kChannelLast, kTimeLast };
+
+template <Elements kElements>
+__device__ inline DataType DtypeOf(const Array& array) {
+  if constexpr (kElements == Elements::kFloat) return DataType::F32;
+  if constexpr (kElements == Elements::kBfloat) return DataType::BF16;
+  if constexpr (kElements == Elements::kHalf) return DataType::F16;
+  return array.dtype == DataType::C64 ? DataType::F32 : array.dtype;
+}
+
+__device__ inline float2 Widen(uint2 raw, DataType dtype) {
+  if (dtype == DataType::F32) return {__uint_as_float(raw.x), __uint_as_float(raw.y)};
+  return dtype == DataType::BF16 ? FromBfloats(raw.x) : FromHalves(raw.x);
+}
+__device__ inline uint2 Narrow(float x, float y, DataType dtype) {
+  if (dtype == DataType::F32) return {__float_as_uint(x), __float_as_uint(y)};
+  return {dtype == DataType::BF16 ? ToBfloats(x, y) : ToHalves(x, y), 0};
+}
+
+// Where the lines of a tile lie: element `start + t * step + line * stride` and its neighbour,
+// which is the next step where pairs_are_steps and the next line otherwise.
+struct Lines {
+  int64_t start, step, stride;
+  int count;
+  bool pairs_are_steps;
+  bool steps_are_near;  // in memory; neighbouring threads take them
+};
+
+__device__ inline Lines SequenceLines(const Problem& p, const Block& block) {
+  const int64_t row = block.row * p.length * p.dim;
+  if (p.channel_last) return {row + block.first_channel, p.dim, 1, block.channels, false, false};
+  return {row + block.first_channel * p.length, 1, p.length, block.channels, true, true};
+}
+
+// B or C varying along the sequence. A complex number is a pair of lines.
+template <int kParts>
+__device__ inline Lines ProjectionLines(const Problem& p, const Block& block) {
+  const int count = static_cast<int>(p.dstate) * kParts;
+  if (p.channel_last) {
+    const int64_t step = p.groups * p.dstate * kParts;
+    const int64_t start = block.row * p.length * step + block.group * p.dstate * kParts;
+    return {start, step, 1, count, false, false};
+  }
+  const int64_t start = (block.row * p.groups + block.group) * p.dstate * p.length * kParts;
+  return {start, kParts, p.length, count, kParts == 1, true};
+}
+
+// kPad: cells to a row of shared memory beyond its lines, against bank conflicts. Pairs stay
+// aligned. kElements: where it is one dtype, pairs exist or lack as one and are aligned; where it
+// is kMixed, arrays have a dtype each and elements move one by one.
+template <int kThreads, int kLines, int kPad, Elements kElements, Layout kLayout>
+class Tile {
+ public:
+  static constexpr bool kRegular = kElements != Elements::kMixed;
+  static constexpr int kRow = kLines + kPad;
+  static constexpr int kCells = kTile * kRow;
+  static constexpr int kPairs = kTile * kLines / 2;
+  static constexpr int kCount = (kPairs + kThreads - 1) / kThreads;  // of a thread
+
+  struct Raw {
+    uint2 pair[kCount];
+  };
+
+  __device__ Tile(const Lines& lines, bool reversed)
+      : step_(lines.step),
+        stride_(lines.stride),
+        count_(lines.count),
+        pairs_are_steps_(lines.pairs_are_steps) {
+    // The pairs of a thread are evenly spaced.
+    const int i = threadIdx.x;
+    if (PairsAreSteps()) {
+      constexpr int kNear = kTile / 2;
+      static_assert(kThreads % kNear == 0);
+      offset_ = i % kNear * 2, line_ = i / kNear;
+      next_offset_ = 0, next_line_ = kThreads / kNear;
+    } else if (lines.steps_are_near) {
+      static_assert(kThreads % kTile == 0);
+      offset_ = i % kTile, line_ = i / kTile * 2;
+      next_offset_ = 0, next_line_ = kThreads / kTile * 2;
+    } else {
+      constexpr int kNear = kLines / 2;
+      static_assert(kThreads % kNear == 0);
+      offset_ = i / kNear, line_ = i % kNear * 2;
+      next_offset_ = kThreads / kNear, next_line_ = 0;
+    }
+    element_ = lines.start + offset_ * step_ + line_ * stride_;
+    cell_ = (reversed ? kTile - 1 - offset_ : offset_) * kRow + line_;
+    row_ = reversed ? -kRow : kRow;
+  }
+
+  __device__ bool Mine(int k) const {
+    return kPairs % kThreads == 0 || threadIdx.x + k * kThreads < kPairs;
+  }
+  // In shared memory, of element e (0 or 1) of pair k.
+  __device__ int Cell(int k, int e) const {
+    return cell_ + k * (NextOffset() * row_ + NextLine()) + (!e ? 0 : PairsAreSteps() ? row_ : 1);
+  }
+  __device__ int LineOf(int k, int e) const {
+    return line_ + k * NextLine() + (PairsAreSteps() ? 0 : e);
+  }
+  // Whether the element is there. Lines count from `first_line`.
+  __device__ bool Exists(int k, int e, const Rows& rows, int first_line = 0) const {
+    if (kRegular) e = 0;
+    const int offset = offset_ + k * NextOffset() + (PairsAreSteps() ? e : 0), line = LineOf(k, e);
+    return Mine(k) && offset < rows.steps && first_line + line < count_;
+  }
+
+  __device__ void Load(const Array& from, const Rows& rows, Raw* raw, int first_line = 0) const {
+    const int64_t start = element_ + rows.t0 * step_ + first_line * stride_;
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      const int64_t i = start + k * (NextOffset() * step_ + NextLine() * stride_);
+      const bool first = Exists(k, 0, rows, first_line), second = Exists(k, 1, rows, first_line);
+      uint2 pair{0, 0};
+      if constexpr (kElements == Elements::kFloat) {
+        if (first)
+          pair = __ldg(reinterpret_cast<const uint2*>(static_cast<const float*>(from.data) + i));
+      } else if constexpr (kRegular) {
+        if (first)
+          pair.x =
+              __ldg(reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(from.data) + i));
+      } else if (from.dtype == DataType::F32 || from.dtype == DataType::C64) {
+        const uint32_t* data = static_cast<const uint32_t*>(from.data) + i;
+        if (first) pair.x = __ldg(data);
+        if (second) pair.y = __ldg(data + 1);
+      } else {
+        const uint16_t* data = static_cast<const uint16_t*>(from.data) + i;
+        if (first) pair.x = __ldg(data);
+        if (second) pair.x |= static_cast<uint32_t>(__ldg(data + 1)) << 16;
+      }
+      raw->pair[k] = pair;
+    }
+  }
+
+  // Like Load, into slots of shared memory, (kCount, kThreads), of which a thread reads its own
+  // back by Take, after WaitForCopies. It spares the registers, for kernels that have none to
+  // spare.
+  __device__ void Prefetch(const Array& from, const Rows& rows, uint2* slots,
+                           int first_line = 0) const {
+    slots += threadIdx.x;
+    if constexpr (!kRegular) {
+      Raw raw;
+      Load(from, rows, &raw, first_line);
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) slots[k * kThreads] = raw.pair[k];
+    } else {
+      const int64_t start = element_ + rows.t0 * step_ + first_line * stride_;
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) {
+        const int64_t i = start + k * (NextOffset() * step_ + NextLine() * stride_);
+        if (!Exists(k, 0, rows, first_line))
+          slots[k * kThreads] = {0, 0};
+        else if constexpr (kElements == Elements::kFloat)
+          CopyAsync<8>(slots + k * kThreads, static_cast<const float*>(from.data) + i);
+        else
+          CopyAsync<4>(slots + k * kThreads, static_cast<const uint16_t*>(from.data) + i);
+      }
+    }
+  }
+  __device__ uint2 Take(const uint2* slots, int k) const {
+    return slots[k * kThreads + threadIdx.x];
+  }
+
+  __device__ float2 Widen(uint2 pair, const Array& from) const {
+    return gpu::Widen(pair, DtypeOf<kElements>(from));
+  }
+
+  __device__ void Store(const Array& to, const Rows& rows, int k, float x, float y) const {
+    const int64_t i =
+        element_ + rows.t0 * step_ + k * (NextOffset() * step_ + NextLine() * stride_);
+    const uint2 pair = Narrow(x, y, DtypeOf<kElements>(to));
+    const bool first = Exists(k, 0, rows), second = Exists(k, 1, rows);
+    if constexpr (kElements == Elements::kFloat) {
+      if (first) *reinterpret_cast<uint2*>(static_cast<float*>(to.data) + i) = pair;
+    } else if constexpr (kRegular) {
+      if (first) *reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(to.data) + i) = pair.x;
+    } else if (to.dtype == DataType::F32) {
+      uint32_t* data = static_cast<uint32_t*>(to.data) + i;
+      if (first) data[0] = pair.x;
+      if (second) data[1] = pair.y;
+    } else {
+      uint16_t* data = static_cast<uint16_t*>(to.data) + i;
+      if (first) data[0] = static_cast<uint16_t>(pair.x);
+      if (second) data[1] = static_cast<uint16_t>(pair.x >> 16);
+    }
+  }
+
+  // Both elements of pair k, to or from cells of their own.
+  __device__ void Put(float* cells, int k, float x, float y) const {
+    if (!Mine(k)) return;
+    if (PairsAreSteps()) {
+      cells[Cell(k, 0)] = x;
+      cells[Cell(k, 1)] = y;
+    } else {
+      *reinterpret_cast<float2*>(cells + Cell(k, 0)) = {x, y};
+    }
+  }
+  __device__ void Put(float2* cells, int k, float2 x, float2 y) const {
+    if (!Mine(k)) return;
+    if (PairsAreSteps()) {
+      cells[Cell(k, 0)] = x;
+      cells[Cell(k, 1)] = y;
+    } else {
+      *reinterpret_cast<float4*>(cells + Cell(k, 0)) = {x.x, x.y, y.x, y.y};
+    }
+  }
+  __device__ float2 Get(const float* cells, int k) const {
+    if (PairsAreSteps()) return {cells[Cell(k, 0)], cells[Cell(k, 1)]};
+    return *reinterpret_cast<const float2*>(cells + Cell(k, 0));
+  }
+
+ private:
+  __device__ bool PairsAreSteps() const {
+    return kLayout == Layout::kAny ? pairs_are_steps_ : kLayout == Layout::kTimeLast;
+  }
+  __device__ int NextOffset() const {
+    if (kLayout == Layout::kAny) return next_offset_;
+    return kLayout == Layout::kTimeLast ? 0 : kThreads / (kLines / 2);
+  }
+  __device__ int NextLine() const {
+    if (kLayout == Layout::kAny) return next_line_;
+    return kLayout == Layout::kTimeLast ? kThreads / (kTile / 2) : 0;
+  }
+
+  int64_t step_, stride_, element_;
+  int count_, offset_, line_, next_offset_, next_line_, cell_, row_;
+  bool pairs_are_steps_;
+};
+
+// A fixed B or C, one row of states per channel.
+template <typename Number, int kThreads, int kChannels, int kGroup, int kRow>
+__device__ inline void StageFixed(const Problem& p, const Block& block, const Array& from,
+                                  int first_state, Number* to) {
+  const int64_t start = (block.instance * p.dim + block.first_channel) * p.dstate + first_state;
+  for (int i = threadIdx.x; i < kChannels * kGroup; i += kThreads) {
+    const int n = i % kGroup, channel = i / kGroup;
+    Number x{};
+    if (channel < block.channels && first_state + n < p.dstate)
+      x = static_cast<const Number*>(from.data)[start + channel * p.dstate + n];
+    to[channel * kRow + n] = x;
+  }
+}
+
+// D and delta_bias of a block's channels, {0, 0} for what is not there.
+template <int kThreads, int kChannels>
+__device__ inline void StageVectors(const Problem& p, const Block& block, float2* to) {
+  const Operands& o = p.operands;
+  for (int i = threadIdx.x; i < kChannels; i += kThreads) {
+    const int64_t at = block.instance * p.dim + block.first_channel + i;
+    const bool exists = i < block.channels;
+    to[i].x = exists && o.D.data ? static_cast<const float*>(o.D.data)[at] : 0.0f;
+    to[i].y = exists && o.delta_bias.data ? static_cast<const float*>(o.delta_bias.data)[at] : 0.0f;
+  }
+}
+
+// A register's worth of states in shared memory, read with loads as wide as they get.
+template <int kStates>
+__device__ inline void LoadStates(const float* from, float (&to)[kStates]) {
+  if constexpr (kStates == 4) {
+    const float4 x = *reinterpret_cast<const float4*>(from);
+    to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
+  } else if constexpr (kStates == 2) {
+    const float2 x = *reinterpret_cast<const float2*>(from);
+    to[0] = x.x, to[1] = x.y;
+  } else {
+    for (int i = 0; i < kStates; ++i) to[i] = from[i];
+  }
+}
+template <int kStates>
+__device__ inline void LoadStates(const Complex* from, Complex (&to)[kStates]) {
+  for (int i = 0; i < kStates; ++i) to[i] = from[i];
+}
+
+// A, one lane's states of a channel; 0 where there are none, which decays nothing.
+template <typename Number>
+__device__ inline Number LoadWeight(const Array& from, const Problem& p, const Block& block,
+                                    int channel, int64_t state) {
+  if (channel >= block.channels || state >= p.dstate) return Number{};
+  return static_cast<const Number*>(
+      from.data)[(block.instance * p.dim + block.first_channel + channel) * p.dstate + state];
+}
+
+// Index of a state in arrays (batch, dim, dstate), and in the saved states and carries, (..., batch
+// row first in `slot`, dstate, dim).
+__device__ inline int64_t StateIndex(const Problem& p, const Block& block, int channel,
+                                     int64_t state) {
+  return (block.row * p.dim + block.first_channel + channel) * p.dstate + state;
+}
+__device__ inline int64_t TransposedIndex(const Problem& p, const Block& block, int64_t slot,
+                                          int channel, int64_t state) {
+  return (slot * p.dstate + state) * p.dim + block.first_channel + channel;
+}
+
+}  // namespace jax_sscan::gpu

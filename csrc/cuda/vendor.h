@@ -1,0 +1,87 @@
+// Everything that is CUDA's own, so that the kernels themselves also build for HIP: types, streams,
+// launches, shuffles of an explicit width and fast intrinsics.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
+
+namespace jax_sscan::gpu {
+
+using Stream = cudaStream_t;
+
+// Lanes that the kernels treat as one unit. HIP wavefronts of 64 hold two of them.
+constexpr int kWarp = 32;
+
+using Error = cudaError_t;
+constexpr Error kSuccess = cudaSuccess;
+inline Error LastError() { return cudaGetLastError(); }
+inline const char* Describe(Error error) { return cudaGetErrorString(error); }
+
+#ifdef __CUDACC__  // not for the handlers, which the host's compiler builds
+
+// 2^x, within 2 ulp; results below the smallest normal number are 0.
+__device__ inline float Exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// 1 / x, within 1 ulp; 0 for infinity.
+__device__ inline float Reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ inline float ShuffleXor(float x, int mask) {
+  return __shfl_xor_sync(0xffffffffu, x, mask, kWarp);
+}
+
+// Which of the 32 lanes of the calling warp hold true.
+__device__ inline uint32_t Ballot(bool x) { return __ballot_sync(0xffffffffu, x); }
+
+__device__ inline float2 FromBfloats(uint32_t pair) {
+  return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
+}
+__device__ inline uint32_t ToBfloats(float x, float y) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(x, y);
+  return __bfloat16_as_ushort(pair.x) | static_cast<uint32_t>(__bfloat16_as_ushort(pair.y)) << 16;
+}
+__device__ inline float2 FromHalves(uint32_t pair) {
+  return {__half2float(__ushort_as_half(static_cast<uint16_t>(pair))),
+          __half2float(__ushort_as_half(static_cast<uint16_t>(pair >> 16)))};
+}
+__device__ inline uint32_t ToHalves(float x, float y) {
+  const __half2 pair = __floats2half2_rn(x, y);
+  return __half_as_ushort(pair.x) | static_cast<uint32_t>(__half_as_ushort(pair.y)) << 16;
+}
+
+// Copies kBytes (4, 8 or 16) to shared memory without a register; there once WaitForCopies returns
+// to the same thread.
+template <int kBytes>
+__device__ inline void CopyAsync(void* to, const void* from) {
+  const uint32_t shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared), "l"(from), "n"(kBytes)
+               : "memory");
+}
+__device__ inline void WaitForCopies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// Lets a kernel take more dynamic shared memory than the 48 KB that need no asking.
+template <typename Kernel>
+inline Error AllowSharedBytes(Kernel* kernel, int bytes) {
+  if (bytes <= 48 * 1024) return kSuccess;
+  const Error error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != kSuccess) LastError();  // or the next launch would report it again
+  return error;
+}
+
+#endif  // __CUDACC__
+
+}  // namespace jax_sscan::gpu

@@ -1,0 +1,174 @@
+"""The CUDA kernels as machine code, and what only they promise."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import MAMBA, Case, make_inputs
+from checks import keywords_of, split, x64
+
+import jax_sscan
+from jax_sscan.backends import native
+
+LIBRARY = native.missing("cuda")
+needs_library = pytest.mark.skipif(LIBRARY is not None, reason=f"{LIBRARY}")
+
+
+@needs_library
+def test_the_library_has_its_handlers() -> None:
+    from jax_sscan import _cuda
+
+    assert set(_cuda.handlers()) == {"forward", "backward"}
+    info = _cuda.build_info()
+    assert info["compiler"].startswith("nvcc") and info["target"]
+    assert jax_sscan.implementations()["cuda"].default_for == ("cuda",)
+
+
+@needs_library
+def test_import_needs_no_driver() -> None:
+    """On a machine without a GPU the library loads, and nothing of CUDA is started."""
+    code = "import jax_sscan._cuda as m; m.handlers(); assert 'libcuda.so' not in open('/proc/self/maps').read()"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@needs_library
+@pytest.mark.parametrize("layout", ["bdl", "bld"])
+def test_lowers_for_cuda_without_a_gpu(layout: str) -> None:
+    """One program for both platforms, with the layout read as it is: no transpose anywhere."""
+    inputs = {n: jnp.asarray(x) for n, x in make_inputs(Case("lower", layout=layout, **MAMBA)).items()}
+
+    def loss(inputs: dict[str, Any]) -> Any:
+        return jnp.sum(jax_sscan.selective_scan(**inputs, delta_softplus=True, layout=layout))
+
+    exported = jax.export.export(
+        jax.jit(jax.grad(loss)),
+        platforms=["cpu", "cuda"],
+        disabled_checks=[
+            jax.export.DisabledSafetyCheck.custom_call("jax_sscan_forward"),
+            jax.export.DisabledSafetyCheck.custom_call("jax_sscan_backward"),
+        ],
+    )(inputs)
+    text = exported.mlir_module()
+    assert "jax_sscan_forward" in text and "jax_sscan_backward" in text
+    assert "stablehlo.transpose" not in text
+
+
+@needs_library
+def test_memory_promises() -> None:
+    """At (8, 1536, 2048, 16): saved states at most 4 bytes per element of u, workspace at most 64 MiB."""
+    from jax_sscan import _cuda
+
+    batch, dim, length, dstate = 8, 1536, 2048, 16
+    sizes = jax_sscan.canonical.Sizes(batch, dim, length, dstate, 1)
+    chunk = native.chunk_length(sizes)
+    states = batch * (length // chunk - 1) * dim * dstate * 4
+    assert states <= 4 * batch * dim * length
+    forward, backward = _cuda.workspace_bytes(
+        *sizes,
+        chunk=chunk,
+        instances=1,
+        channel_last=True,
+        B_varies=True,
+        C_varies=True,
+        has_segments=False,
+        is_complex=False,
+        is_double=False,
+        has_states=False,
+    )
+    assert forward == 0 and backward <= 65 * 2**20
+
+
+@pytest.mark.gpu
+def test_compiled_memory() -> None:
+    """What XLA allots to a gradient step is what the kernels ask for: residuals, workspace, cotangents."""
+    batch, dim, length, dstate = 8, 1536, 2048, 16
+    u = jax.ShapeDtypeStruct((batch, length, dim), jnp.bfloat16)
+    A = jax.ShapeDtypeStruct((dim, dstate), jnp.float32)
+    B = jax.ShapeDtypeStruct((batch, length, dstate), jnp.bfloat16)
+
+    def loss(u: Any, delta: Any, A: Any, B: Any, C: Any) -> Any:
+        out = jax_sscan.selective_scan(u, delta, A, B, C, delta_softplus=True, layout="bld")
+        return jnp.sum(out.astype(jnp.float32))
+
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3, 4))).lower(u, u, A, B, B).compile()
+    elements = batch * dim * length
+    out, states, workspace = 2 * elements, 4 * elements, 65 * 2**20
+    # The cotangent of out is a broadcast constant of its size.
+    assert compiled.memory_analysis().temp_size_in_bytes <= 2 * out + states + workspace + 2**20
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["bdl", "bld"])
+def test_no_transpose_in_the_compiled_program(layout: str) -> None:
+    case = Case("hlo", batch=2, dim=64, length=128, dstate=16, layout=layout, **MAMBA)
+    arrays, _ = split(make_inputs(case))
+
+    def loss(arrays: Any) -> Any:
+        return jnp.sum(jax_sscan.selective_scan(**arrays, **keywords_of(case)))
+
+    text = jax.jit(jax.grad(loss)).lower(arrays).compile().as_text()
+    assert "jax_sscan_backward" in text and " transpose(" not in text
+
+
+@pytest.mark.gpu
+def test_twenty_runs_give_the_same_bits() -> None:
+    case = Case("bits", batch=2, dim=200, length=1000, dstate=16, layout="bld", **MAMBA)
+    arrays, _ = split(make_inputs(case))
+
+    def loss(arrays: Any) -> Any:
+        return jnp.sum(jnp.sin(jax_sscan.selective_scan(**arrays, **keywords_of(case), implementation="cuda")))
+
+    step = jax.jit(jax.value_and_grad(loss))
+    first = jax.tree.map(np.asarray, step(arrays))
+    for _ in range(20):
+        jax.tree.map(np.testing.assert_array_equal, first, jax.tree.map(np.asarray, step(arrays)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["automatic", "by name"])
+def test_float64_runs_in_pure_jax(mode: str) -> None:
+    """The kernels compute in float32: float64 goes to "xla", and asking for them by name is an error."""
+    inputs = make_inputs(Case("x64", x64=True, **{f"{n}_dtype": "float64" for n in ("u", "delta", "z", "B", "C")}))
+    with x64():
+        arrays = {n: jnp.asarray(x) for n, x in inputs.items()}
+        if mode == "automatic":
+            assert jax_sscan.selective_scan(**arrays).dtype == jnp.float64
+        else:
+            with pytest.raises(ValueError, match="float64"):
+                jax_sscan.selective_scan(**arrays, implementation="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch, dim, length", [(1, 40, 5000), (2, 7, 1030), (1, 1, 20000)])
+@pytest.mark.parametrize("segments", [False, True])
+def test_spans_agree_with_the_whole(batch: int, dim: int, length: int, segments: bool) -> None:
+    """Small batches are cut along the sequence; pure JAX in float64 knows nothing of that."""
+    case = Case(
+        "spans", batch=batch, dim=dim, length=length, dstate=16, layout="bld", segments=segments,
+        initial_state=True, **MAMBA,
+    )  # fmt: skip
+    arrays, rest = split(make_inputs(case))
+    wide = {n: np.asarray(x, np.float64) for n, x in arrays.items()}
+    rng = np.random.default_rng(0)
+    out_ct, state_ct = rng.standard_normal((batch, length, dim)), rng.standard_normal((batch, dim, 16))
+
+    def loss(arrays: Any, implementation: str) -> Any:
+        out, state = jax_sscan.selective_scan(
+            **arrays, **rest, **keywords_of(case), return_last_state=True, implementation=implementation
+        )
+        return jnp.sum(out * out_ct) + jnp.sum(state * state_ct)
+
+    actual = jax.jit(jax.grad(lambda a: loss(a, "cuda")))(arrays)
+    with x64(), jax.default_device(jax.devices("cpu")[0]):
+        expected = jax.jit(jax.grad(lambda a: loss(a, "xla")))(jax.tree.map(jnp.asarray, wide))
+    errors = {}
+    for name, gradient in actual.items():
+        error = np.linalg.norm(np.asarray(gradient, np.float64) - np.asarray(expected[name]))
+        errors[name] = error / np.linalg.norm(np.asarray(expected[name]))
+    assert max(errors.values()) <= 1e-5, errors
