@@ -4,7 +4,7 @@ The mathematics is in `jax_sscan.modules`; `jax_sscan.linen` has the same module
 """
 
 import dataclasses
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import jax
 
@@ -180,7 +180,7 @@ def add_parameters(
     """Gives ``module`` an `nnx.Param` with an initial value for each row of the table."""
     for name, parameter in table.items():
         value = parameter.initializer(rngs.params(), parameter.shape, parameter.dtype)
-        metadata = {} if partitioning is None else {"out_sharding": parameter.mesh_axes(partitioning)}
+        metadata: dict[str, Any] = {} if partitioning is None else {"out_sharding": parameter.mesh_axes(partitioning)}
         setattr(module, name, nnx.Param(value, **metadata))
 
 

@@ -61,7 +61,7 @@ def masked_conv1d(
         segment_ids: (batch, length) as `extend_segments` leaves them, or None.
         activation: as in `causal_conv1d`.
     """
-    batch, length, dim = x.shape
+    batch, _, dim = x.shape
     past = weight.shape[1] - 1
     start, end = _bounds(mask)
     rows, steps = jnp.arange(batch)[:, None], jnp.arange(past)
