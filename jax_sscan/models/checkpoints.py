@@ -64,6 +64,9 @@ _SSM_NAMES = {
 }
 
 
+_Path = tuple[Any, ...]  # of names and indices, in the model's state
+
+
 class _Tensor(NamedTuple):
     """One tensor of a file, and the parameters that it holds.
 
@@ -73,7 +76,7 @@ class _Tensor(NamedTuple):
         write: from the parameters to the tensor.
     """
 
-    parameters: tuple[tuple[str | int, ...], ...]
+    parameters: tuple[_Path, ...]
     read: Callable[[Any], tuple[Any, ...]] = lambda tensor: (tensor,)
     write: Callable[..., Any] = lambda parameter: parameter
 
@@ -124,9 +127,9 @@ def load_pretrained(
     graph, abstract = nnx.split(nnx.eval_shape(lambda: MambaLM(config, rngs=nnx.Rngs(0))))
     wanted = _flatten(abstract, config)
     layout = _layout(config)
-    if config.tie_embeddings and _HEAD in tensors and _EMBEDDING in tensors:
-        # Some files hold a tied head twice.
-        if not np.array_equal(tensors.pop(_HEAD), tensors[_EMBEDDING]):
+    if config.tie_embeddings and {_HEAD, _EMBEDDING} <= tensors.keys():
+        head = tensors.pop(_HEAD)  # some files hold a tied head twice
+        if not np.array_equal(head, tensors[_EMBEDDING]):
             raise ValueError(
                 f"config.json in {directory} ties the head to the embedding, but {_HEAD} is another tensor than "
                 f"{_EMBEDDING}; set tie_word_embeddings (tie_embeddings in the original layout) to false"
@@ -181,7 +184,7 @@ def _layout(config: MambaConfig) -> dict[str, _Tensor]:
     for index in range(config.num_layers):
         layer = f"backbone.layers.{index}."
 
-        def mixer(*names: str, index: int = index) -> tuple[tuple[str | int, ...], ...]:
+        def mixer(*names: str, index: int = index) -> tuple[_Path, ...]:
             return tuple(("layers", index, "mixer", name) for name in names)
 
         layout[layer + "norm.weight"] = _Tensor((("layers", index, "norm"),))
@@ -211,7 +214,7 @@ def _layout(config: MambaConfig) -> dict[str, _Tensor]:
     return layout
 
 
-def _flatten(state: Any, config: MambaConfig) -> dict[tuple[str | int, ...], Any]:
+def _flatten(state: Any, config: MambaConfig) -> dict[_Path, Any]:
     """The parameters by path, layer by layer also where they are stacked."""
     flat = {}
     for path, variable in nnx.to_flat_state(state):
@@ -226,7 +229,7 @@ def _flatten(state: Any, config: MambaConfig) -> dict[tuple[str | int, ...], Any
     return flat
 
 
-def _unflatten(abstract: Any, values: dict[tuple[str | int, ...], jax.Array], config: MambaConfig) -> Any:
+def _unflatten(abstract: Any, values: dict[_Path, jax.Array], config: MambaConfig) -> Any:
     """Undoes `_flatten`, into a state like ``abstract``."""
     flat = []
     for path, variable in nnx.to_flat_state(abstract):

@@ -97,8 +97,7 @@ def generate(
         TypeError: a dtype is wrong or something is not an array.
     """
     input_ids = check_token_ids("input_ids", input_ids)
-    batch, length = input_ids.shape
-    if length == 0:
+    if input_ids.shape[1] == 0:
         raise ValueError("input_ids must hold at least one token a row, such as the one that begins a text")
     if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be an int of at least 0, got {max_new_tokens!r}")

@@ -109,8 +109,7 @@ class MambaLM(nnx.Module):
         x = self.embedding[...][input_ids].astype(config.compute_dtype)
         if config.residual_f32:
             x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        scanned = isinstance(self.layers, Block)
-        graph, _ = nnx.split(self.layers if scanned else self.layers[0])
+        graph, _ = nnx.split(self.layers if isinstance(self.layers, Block) else self.layers[0])
 
         @config.checkpoint
         def run(x: jax.Array, state: Any, cache: MambaCache | None) -> tuple[jax.Array, MambaCache | None]:
@@ -118,7 +117,7 @@ class MambaLM(nnx.Module):
             return block(x, cache, segment_ids=segment_ids, mask=mask, return_cache=return_cache)
 
         new_cache: LMCache | None
-        if scanned:
+        if isinstance(self.layers, Block):
             layers = nnx.split(self.layers)[1], cache
             x, new_cache = jax.lax.scan(lambda x, layer: run(x, *layer), x, layers)
         else:
