@@ -150,7 +150,7 @@ class Environment:
 
 
 def demo(args, rest):
-    env = Environment(args).need("demo")
+    env = Environment(args).need("demo", "models")
     run(env.python, ROOT / "examples/demo.py", *rest, cwd=None)
 
 
