@@ -5,8 +5,8 @@
 The defaults are a model of 130M parameters in bfloat16 on a GPU, and a small one in float32 on a CPU. For each batch
 size: tokens/s of a training step (AdamW) of the model and of one block, the share of it that the selective scans take,
 run by themselves, and where the time goes by the profiler; tokens/s of decoding, and the time a step would take if it
-only moved its memory, parameters and states, at the speed of a sweep over this device's memory. Writes model.json, model.md and
-model.png.
+only moved its memory, parameters and states, at the speed of a sweep over this device's memory. Writes model.json,
+model.md and model.png.
 """
 
 import argparse

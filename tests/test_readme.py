@@ -21,7 +21,8 @@ def run_blocks(path: Path, at_least: int) -> dict[str, Any]:
     return names
 
 
-def test_readme_code_runs_and_means_what_it_says() -> None:
+def test_readme_code_runs_and_means_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     names = run_blocks(ROOT / "README.md", 2)
     whole = names["selective_scan"](
         *(names[n] for n in ("u", "delta", "A", "B", "C")), delta_softplus=True, layout="bld"
