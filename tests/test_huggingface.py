@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,18 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon": ("FalconMamba", {"tie_word_embeddings": False, "mixer_rms_eps": 1e-3}),
     "falcon-inner": ("FalconMamba", {"intermediate_size": 40, "time_step_rank": 5, "conv_kernel": 3, "use_bias": True}),
 }
+
+
+@pytest.fixture(autouse=True)
+def exact_products() -> Iterator[None]:
+    """GPUs round the factors of float32 products otherwise."""
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+@flax.nnx.jit
+def read(model: Any, input_ids: Any, attention_mask: Any = None) -> jax.Array:
+    return model(input_ids, attention_mask=attention_mask)
 
 
 def torch_model(kind: str, dtype: str = "float32") -> Any:
@@ -67,13 +80,13 @@ def test_logits(pair: tuple[Any, Any]) -> None:
     theirs, ours = pair
     input_ids = tokens(2, 37)
     expected = torch_logits(theirs, input_ids)
-    got = flax.nnx.jit(lambda model, ids: model(ids))(ours, jnp.asarray(input_ids))
+    got = read(ours, input_ids)
     assert got.dtype == jnp.float32 and ours.config.vocab_size == VOCABULARY
     assert np.abs(expected).max() > 1
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4)
     log_probabilities = torch.log_softmax(torch.from_numpy(expected), -1).numpy()[:, :-1]
     chosen = np.take_along_axis(log_probabilities, input_ids[:, 1:, None], -1)[..., 0]
-    np.testing.assert_allclose(score(ours, jnp.asarray(input_ids)), chosen, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(score(ours, input_ids), chosen, rtol=0, atol=1e-4)
 
 
 def test_gradients_of_every_parameter(pair: tuple[Any, Any]) -> None:
@@ -85,7 +98,7 @@ def test_gradients_of_every_parameter(pair: tuple[Any, Any]) -> None:
     loss.backward()
 
     def ours_loss(model: Any) -> jax.Array:
-        return -jnp.mean(score(model, jnp.asarray(input_ids)))
+        return -jnp.mean(score(model, input_ids))
 
     value, gradients = flax.nnx.jit(flax.nnx.value_and_grad(ours_loss))(ours)
     np.testing.assert_allclose(float(value), loss.item(), rtol=1e-5)
@@ -106,7 +119,7 @@ def test_greedy_generation_token_for_token(pair: tuple[Any, Any]) -> None:
     input_ids = tokens(2, 7, 2)
     expected = theirs.generate(torch.from_numpy(input_ids), max_new_tokens=64, do_sample=False, pad_token_id=0)
     assert expected.unique().numel() > 10
-    np.testing.assert_array_equal(generate(ours, jnp.asarray(input_ids), 64), expected.numpy())
+    np.testing.assert_array_equal(generate(ours, input_ids, 64), expected.numpy())
 
 
 @pytest.mark.parametrize("pair", ["mamba", "mamba-biases", "falcon"], indirect=True)
@@ -121,10 +134,8 @@ def test_ragged_prompts(pair: tuple[Any, Any]) -> None:
     lengths = (4, 9, 1)
     mask = np.arange(9) >= 9 - np.array(lengths)[:, None]
     input_ids = np.where(mask, input_ids, 7)
-    got = flax.nnx.jit(lambda model, ids, mask: model(ids, attention_mask=mask))(
-        ours, jnp.asarray(input_ids), jnp.asarray(mask)
-    )
-    continued = generate(ours, jnp.asarray(input_ids), 16, attention_mask=jnp.asarray(mask))
+    got = read(ours, input_ids, mask)
+    continued = generate(ours, input_ids, 16, attention_mask=mask)
     for row, length in enumerate(lengths):
         alone = input_ids[row : row + 1, 9 - length :]
         np.testing.assert_allclose(got[row, 9 - length :], torch_logits(theirs, alone)[0], rtol=0, atol=1e-4)
@@ -163,11 +174,11 @@ def test_bfloat16_checkpoints(tmp_path: Path) -> None:
     mixer = ours.layers[0].mixer
     assert (ours.embedding.dtype, mixer.in_proj.dtype, mixer.A_log.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
     input_ids = tokens(2, 15)
-    got, expected = ours(jnp.asarray(input_ids)), torch_logits(theirs.float(), input_ids)
+    got, expected = read(ours, input_ids), torch_logits(theirs.float(), input_ids)
     assert got.dtype == jnp.float32
     assert np.abs(got - expected).max() < 0.05 * np.abs(expected).max()
     wide = load_pretrained(tmp_path, param_dtype=jnp.float32)
-    np.testing.assert_allclose(wide(jnp.asarray(input_ids)), expected, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(read(wide, input_ids), expected, rtol=0, atol=1e-4)
     save_pretrained(ours, tmp_path / "again")
     assert (
         safetensors.numpy.load_file(tmp_path / "again/model.safetensors")["backbone.norm_f.weight"].dtype
@@ -194,7 +205,7 @@ def test_original_layout(tmp_path: Path, file: str) -> None:
         safetensors.numpy.save_file(arrays, tmp_path / file)
     ours = load_pretrained(tmp_path)
     input_ids = tokens(2, 13)
-    np.testing.assert_allclose(ours(jnp.asarray(input_ids)), torch_logits(theirs, input_ids), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(read(ours, input_ids), torch_logits(theirs, input_ids), rtol=0, atol=1e-4)
 
 
 def test_wrong_tensors_are_listed(tmp_path: Path) -> None:

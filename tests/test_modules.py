@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import block_oracle
@@ -28,7 +30,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def block(flavour: str = "nnx", **options: Any) -> Any:
+def block(flavour: str = "nnx", compiled: bool = True, **options: Any) -> Any:
     """A function of (params, x, ...) and random parameters, none of them at its initial value."""
     options = {"d_state": 3, **options}
     module: Any = jax_sscan.nnx.Mamba(D_MODEL, rngs=flax.nnx.Rngs(0), **options)
@@ -37,15 +39,29 @@ def block(flavour: str = "nnx", **options: Any) -> Any:
     keys = jax.random.split(jax.random.key(3), len(params))
     noise = {name: 0.3 * jax.random.normal(key, params[name].shape) for name, key in zip(params, keys, strict=True)}
     params = {name: (params[name] + noise[name]).astype(params[name].dtype) for name in params}
-    if flavour == "linen":
-        linen = jax_sscan.linen.Mamba(D_MODEL, **options)
-        return lambda params, *a, **k: linen.apply({"params": params}, *a, **k), params
+    linen = jax_sscan.linen.Mamba(D_MODEL, **options)
 
-    def run(params: Any, *args: Any, **keywords: Any) -> Any:
+    def call(params: Any, args: Any, keywords: Any, **static: Any) -> Any:
+        if flavour == "linen":
+            return linen.apply({"params": params}, *args, **keywords, **static)
         flax.nnx.replace_by_pure_dict(state, params)
-        return flax.nnx.merge(graph, state)(*args, **keywords)
+        return flax.nnx.merge(graph, state)(*args, **keywords, **static)
+
+    calls = {flag: functools.partial(call, return_cache=flag) for flag in (False, True)}
+    if compiled:
+        calls = {flag: jit(call) for flag, call in calls.items()}
+
+    def run(params: Any, *args: Any, return_cache: bool = False, **keywords: Any) -> Any:
+        return calls[return_cache](params, args, keywords)
 
     return run, params
+
+
+@pytest.fixture(autouse=True)
+def exact_products() -> Iterator[None]:
+    """GPUs round the factors of float32 products otherwise."""
+    with jax.default_matmul_precision("highest"):
+        yield
 
 
 def inputs(seed: int = 1, length: int = LENGTH) -> jax.Array:
@@ -62,7 +78,7 @@ def close(got: Any, expected: Any, tolerance: float = 2e-5) -> None:
 def test_block_against_the_straight_loop(name: str, flavour: str) -> None:
     run, params = block(flavour, **OPTIONS[name])
     x = inputs()
-    out, cache = jit(lambda p, x: run(p, x, return_cache=True))(params, x)
+    out, cache = run(params, x, return_cache=True)
     for b in range(BATCH):
         row = block_oracle.Row(params, "inner_norm" in OPTIONS[name])
         close(out[b], row.read(x[b]))
@@ -76,7 +92,7 @@ def test_bidirectional_block_against_two_loops() -> None:
     # The first row ends early and the second begins late: padding is in front of one of the two directions.
     mask = jnp.arange(LENGTH) < jnp.array([[9], [LENGTH]])
     mask = mask.at[1, :2].set(False)
-    out = jit(lambda p, x, mask: run(p, x, mask=mask))(params, x, mask)
+    out = run(params, x, mask=mask)
     for b, real in enumerate((slice(0, 9), slice(2, LENGTH))):
         steps = np.asarray(x[b, real], np.float64)
         there, back = block_oracle.Row(params), block_oracle.Row(params, prefix="reverse_")
@@ -164,11 +180,11 @@ NOTHING = [(0, 0), (6, 13)]
 @pytest.mark.parametrize("real", [LEFT, RIGHT, BOTH, NOTHING], ids=["left", "right", "both", "nothing"])
 def test_a_ragged_batch_equals_each_row_alone(real: Any, continued: bool, inner_norm: Any) -> None:
     """Outputs, caches and gradients; padding holds numbers that would be seen if anything read them."""
-    run, params = block(inner_norm=inner_norm)
+    run, params = block(inner_norm=inner_norm, compiled=False)
     x = inputs()
     mask = jnp.array([[begin <= t < end for t in range(LENGTH)] for begin, end in real])
     padded = jnp.where(mask[..., None], x, 1e3)
-    cache = run(params, inputs(9), return_cache=True)[1] if continued else None
+    cache = jit(lambda p, x: run(p, x, return_cache=True)[1])(params, inputs(9)) if continued else None
 
     def ragged(params: Any, padded: Any) -> Any:
         out, new = run(params, padded, cache, mask=mask, return_cache=True)

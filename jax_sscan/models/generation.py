@@ -96,7 +96,7 @@ def generate(
         ValueError: a shape or a value is wrong, a prompt is padded on the right, or there is no key to draw with.
         TypeError: a dtype is wrong or something is not an array.
     """
-    input_ids = check_token_ids("input_ids", input_ids)
+    input_ids = check_token_ids("input_ids", input_ids, model.config.vocab_size)
     if input_ids.shape[1] == 0:
         raise ValueError("input_ids must hold at least one token a row, such as the one that begins a text")
     if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
@@ -182,7 +182,7 @@ def score(model: MambaLM, input_ids: jax.Array, *, attention_mask: jax.Array | N
         ValueError: a shape is wrong.
         TypeError: a dtype is wrong or something is not an array.
     """
-    input_ids = check_token_ids("input_ids", input_ids)
+    input_ids = check_token_ids("input_ids", input_ids, model.config.vocab_size)
     mask = None if attention_mask is None else as_mask(attention_mask, input_ids.shape)
     graph, state = nnx.split(model)
     return _score(state, input_ids, mask, graph=graph)

@@ -4,7 +4,9 @@ from typing import Any, Literal, cast, overload
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.core import Tracer
 
 from jax_sscan import checks
 from jax_sscan.models.config import MambaConfig
@@ -104,7 +106,7 @@ class MambaLM(nnx.Module):
             The normed output of the last block, and the cache, which is None unless asked for.
         """
         config = self.config
-        input_ids = check_token_ids("input_ids", input_ids)
+        input_ids = check_token_ids("input_ids", input_ids, config.vocab_size)
         mask = None if attention_mask is None else as_mask(attention_mask, input_ids.shape)
         x = self.embedding[...][input_ids].astype(config.compute_dtype)
         if config.residual_f32:
@@ -192,22 +194,37 @@ class MambaLM(nnx.Module):
         return (logits, cast(LMCache, cache)) if return_cache else logits
 
 
-def check_token_ids(name: str, value: Any) -> jax.Array:
-    """Returns ``value`` as a checked (batch, length) array of integers."""
-    array = checks.as_array(name, value)
-    if not jnp.issubdtype(array.dtype, jnp.integer):
-        raise TypeError(f"{name} must be integers, got {array.dtype}")
+def check_token_ids(name: str, value: Any, vocab_size: int) -> jax.Array:
+    """Returns ``value`` as a checked (batch, length) array of tokens below vocab_size.
+
+    Tokens whose values are only known when the program runs are not checked: JAX clamps those that are out of range.
+    """
+    array = _integers(name, value, "integers")
     checks.check_rank(name, array, "(batch, length)", 2)
+    if array.size and not isinstance(value, Tracer) and array.is_fully_addressable:
+        known = np.asarray(value)
+        least, most = known.min(), known.max()
+        if least < 0 or most >= vocab_size:
+            raise ValueError(f"{name} must be tokens from 0 to {vocab_size - 1}, got values from {least} to {most}")
     return array
 
 
 def as_mask(attention_mask: Any, shape: tuple[int, ...]) -> jax.Array:
     """Returns an attention mask, bool or integers as tokenizers make them, as a checked array of bool."""
-    array = checks.as_array("attention_mask", attention_mask)
-    if array.dtype != jnp.bool_ and not jnp.issubdtype(array.dtype, jnp.integer):
-        raise TypeError(f"attention_mask must be bool or integers, got {array.dtype}")
+    array = _integers("attention_mask", attention_mask, "bool or integers")
     checks.check_shape("attention_mask", array, "(batch, length)", shape)
     return array != 0
+
+
+def _integers(name: str, value: Any, expected: str) -> jax.Array:
+    """Returns an array of integers, of 64 bits too, as tokenizers and NumPy make them, or of bool where expected."""
+    if not (hasattr(value, "shape") and hasattr(value, "dtype")):
+        raise TypeError(f"{name} must be an array, got {type(value).__name__}; convert it with jnp.asarray")
+    array = jnp.asarray(value)
+    is_bool = array.dtype == jnp.bool_ and "bool" in expected
+    if not is_bool and not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(f"{name} must be {expected}, got {array.dtype}")
+    return array
 
 
 def _norm(config: MambaConfig) -> Parameter:
