@@ -201,7 +201,7 @@ def check_token_ids(name: str, value: Any, vocab_size: int) -> jax.Array:
     """
     array = _integers(name, value, "integers")
     checks.check_rank(name, array, "(batch, length)", 2)
-    if array.size and not isinstance(value, Tracer) and array.is_fully_addressable:
+    if array.size and not isinstance(value, Tracer) and getattr(value, "is_fully_addressable", True):
         known = np.asarray(value)
         least, most = known.min(), known.max()
         if least < 0 or most >= vocab_size:
