@@ -63,7 +63,9 @@ def time_by_kind(call: Callable[[], Any], hlo: str) -> tuple[dict[str, float], l
                         by_name[SCAN + " " + operation if is_scan else f"{operation} {event.name}"] += event.duration_ns
     kinds: collections.Counter[str] = collections.Counter()
     for name, duration in by_name.items():
-        kind = next((kind for kind, pattern in KINDS.items() if re.search(pattern, name)), "elementwise and rest")
+        kind = next(
+            (kind for kind, pattern in KINDS.items() if re.search(pattern, name, re.IGNORECASE)), "elementwise and rest"
+        )
         kind = SCAN if name.startswith(SCAN) else kind
         if kind != "loops and calls":  # what is inside them has been counted
             kinds[kind] += duration

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+import tokenizers
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -45,3 +49,27 @@ def test_training_stops_goes_on_and_generates(tmp_path: Path) -> None:
     assert (out / "model/model.safetensors").read_bytes() == weights
     printed = run("generate.py", out / "model", "--prompt", "the ", "--max-new-tokens", "8", "--top-k", "5")
     assert printed.startswith("the ") and len(printed) > len("the \n")
+
+
+def test_text_is_streamed_in_whole_characters(tmp_path: Path) -> None:
+    """By bytes and by a byte-level tokenizer, both of which cut characters into several tokens."""
+    spec = importlib.util.spec_from_file_location("generate_example", EXAMPLES / "generate.py")
+    assert spec is not None and spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    text = "déjà vu: Δ, σ and 漢字"
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(["and and and"], tokenizers.trainers.BpeTrainer(initial_alphabet=alphabet))
+    for vocab_size in (256, tokenizer.get_vocab_size()):
+        encode, decode = example.text_codec(tmp_path, vocab_size)
+        ids = encode(text)
+        pieces = list(decode(iter(ids)))
+        assert "".join(pieces) == text
+        assert len(text) / 2 < sum(map(bool, pieces)) < len(ids)
+        tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(SystemExit, match="does not read bytes"):
+        example.text_codec(tmp_path, 300)

@@ -27,7 +27,7 @@ class MambaConfig(MambaOptions):
         tie_embeddings: whether the head's weights are those of the embedding.
         rescale_residual: whether the blocks' projections out are initialised 1 / sqrt(num_layers) as large.
         scan_layers: whether the layers are one `jax.lax.scan` over stacked parameters: one layer to compile, instead
-            of num_layers of them.
+            of num_layers of them. Decoding is faster without: the loop copies each layer's parameters out of the stack.
         remat: what a layer computes a second time in the backward pass, to save memory: None for nothing, "full" for
             everything, "keep_scans" for everything but the selective scan, or a policy of `jax.checkpoint_policies`.
         bos_token_id: as the checkpoint says; nothing here reads it.
