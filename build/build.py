@@ -150,7 +150,7 @@ class Environment:
 
 
 def demo(args, rest):
-    env = Environment(args).need("demo")
+    env = Environment(args).need("demo", "models")
     run(env.python, ROOT / "examples/demo.py", *rest, cwd=None)
 
 
@@ -193,7 +193,7 @@ def lint(args, rest):
 
 def bench(args, rest):
     env = Environment(args).need("bench", "models")
-    script = "scaling.py" if args.scaling else "bench.py"
+    script = "scaling.py" if args.scaling else "model.py" if args.model else "bench.py"
     run(env.python, ROOT / "benchmarks" / script, *rest, cwd=None)
 
 
@@ -246,7 +246,7 @@ COMMANDS = {
     demo: "run examples/demo.py (its options: --steps N, --seed N, --out DIR)",
     test: "run the tests with pytest, on all cores",
     lint: "check with ruff, pyright and clang-format; --fix repairs what can be repaired",
-    bench: "run benchmarks/bench.py, or benchmarks/scaling.py with --scaling",
+    bench: "run benchmarks/bench.py, with --scaling scaling.py, with --model model.py",
     sanitize: "run the CPU kernels under the thread, address and undefined behaviour sanitizers",
     wheel: "build the sdist and the wheel into dist/",
 }
@@ -274,7 +274,11 @@ def main():
         if function is lint:
             sub.add_argument("--fix", action="store_true", help="repair what can be repaired")
         if function is bench:
-            sub.add_argument("--scaling", action="store_true", help="time against dstate, length and threads")
+            kind = sub.add_mutually_exclusive_group()
+            kind.add_argument("--scaling", action="store_true", help="time against dstate, length and threads")
+            kind.add_argument(
+                "--model", action="store_true", help="a Mamba block and a language model, training and decoding"
+            )
     argv = sys.argv[1:]
     cut = argv.index("--") if "--" in argv else len(argv)
     args, rest = parser.parse_known_args(argv[:cut])

@@ -217,6 +217,21 @@ def test_backends_import_nothing_above_them() -> None:
         assert not graph[name] & backends, f"{name}, which backends import, imports them"
 
 
+def test_models_stand_on_modules_and_modules_on_operations() -> None:
+    """And never the other way round."""
+    floors = {"jax_sscan.models": 3, "jax_sscan.nnx": 2, "jax_sscan.linen": 2, "jax_sscan.modules": 1}
+
+    def floor(name: str) -> int:
+        return next((n for prefix, n in floors.items() if name == prefix or name.startswith(prefix + ".")), 0)
+
+    graph = dependencies()
+    assert {floor(name) for name in graph} == {0, 1, 2, 3}
+    for name, uses in graph.items():
+        for used in uses:
+            assert floor(used) <= floor(name), f"{name} imports {used}"
+            assert not (floor(name) == floor(used) == 2), f"{name} imports {used}: the two flavours share modules only"
+
+
 def test_no_import_cycles() -> None:
     """Also none hidden in a function: ast.walk sees those too."""
     graph = {
@@ -238,8 +253,9 @@ def test_no_import_cycles() -> None:
 
 
 def test_only_modules_and_models_know_flax() -> None:
-    """The operations must work where Flax is not installed."""
-    for path in [*PACKAGE.glob("*.py"), *(PACKAGE / "backends").rglob("*.py")]:
+    """The operations must work where Flax is not installed, and the modules' mathematics needs none."""
+    folders = [PACKAGE / "backends", PACKAGE / "modules"]
+    for path in [*PACKAGE.glob("*.py"), *(path for folder in folders for path in folder.rglob("*.py"))]:
         for node in ast.walk(ast.parse(path.read_text())):
             names = (
                 [alias.name for alias in node.names]
@@ -249,7 +265,7 @@ def test_only_modules_and_models_know_flax() -> None:
                 else []
             )
             flax = [n for n in names if n.split(".")[0] == "flax"]
-            assert not flax or path.stem in ("nnx", "linen", "models"), f"{path}: {flax}"
+            assert not flax or path.stem in ("nnx", "linen"), f"{path}: {flax}"
 
 
 def test_numpy_arrays_are_arrays() -> None:

@@ -1,0 +1,241 @@
+"""A Mamba language model: embedding, pre-norm residual blocks, norm and head."""
+
+from typing import Any, Literal, cast, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.core import Tracer
+
+from jax_sscan import checks
+from jax_sscan.models.config import MambaConfig
+from jax_sscan.modules.mamba import MambaCache
+from jax_sscan.modules.parameters import Parameter, Partitioning, rms_norm
+from jax_sscan.nnx import Mamba, add_parameters
+
+LMCache = tuple[MambaCache, ...] | MambaCache
+"""A cache per layer; with scan_layers one whose arrays have the layers as their first axis."""
+
+
+class Block(nnx.Module):
+    """One layer: ``x + mixer(norm(x))``, the mixer a Mamba block.
+
+    Args:
+        config: the model's configuration.
+        rngs: where the initial parameters come from.
+        partitioning: as in `jax_sscan.nnx.Mamba`.
+    """
+
+    norm: nnx.Param
+
+    def __init__(self, config: MambaConfig, *, rngs: nnx.Rngs, partitioning: Partitioning | None = None):
+        self.config = config
+        add_parameters(self, {"norm": _norm(config)}, rngs, partitioning)
+        self.mixer = Mamba(**config.block_options, rngs=rngs, partitioning=partitioning)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        cache: MambaCache | None = None,
+        *,
+        segment_ids: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        return_cache: bool = False,
+    ) -> tuple[jax.Array, MambaCache | None]:
+        """Returns the new residual stream (batch, length, d_model), and the cache where it is asked for."""
+        normed = rms_norm(x, self.norm[...], self.config.norm_eps, self.config.compute_dtype)
+        if return_cache:
+            out, cache = self.mixer(normed, cache, segment_ids=segment_ids, mask=mask, return_cache=True)
+        else:
+            out, cache = self.mixer(normed, cache, segment_ids=segment_ids, mask=mask), None
+        return x + out.astype(x.dtype), cache
+
+
+class MambaLM(nnx.Module):
+    """A Mamba language model.
+
+    Args:
+        config: its configuration.
+        rngs: where the initial parameters come from, of the stream "params".
+        partitioning: maps names of parameter axes ("d_model", "d_inner", "vocab", ...) to axes of a mesh, as in
+            `jax_sscan.nnx.Mamba`.
+
+    Attributes:
+        config: the configuration.
+        embedding: (vocab_size, d_model).
+        layers: the list of `Block`; with scan_layers one `Block` whose parameters have the layers as their first axis.
+        norm: (d_model,).
+        head: (vocab_size, d_model); not there if it is tied to the embedding.
+    """
+
+    embedding: nnx.Param
+    norm: nnx.Param
+    head: nnx.Param
+
+    def __init__(self, config: MambaConfig, *, rngs: nnx.Rngs, partitioning: Partitioning | None = None):
+        self.config = config
+        initializer = jax.nn.initializers.normal(0.02)
+        tokens = Parameter((config.vocab_size, config.d_model), ("vocab", "d_model"), initializer, config.param_dtype)
+        table = {"embedding": tokens, "norm": _norm(config)}
+        if not config.tie_embeddings:
+            table["head"] = tokens
+        add_parameters(self, table, rngs, partitioning)
+        blocks = [Block(config, rngs=rngs, partitioning=partitioning) for _ in range(config.num_layers)]
+        self.layers = _stack(blocks) if config.scan_layers else nnx.List(blocks)
+
+    def init_cache(self, batch: int) -> LMCache:
+        """The cache before the first token: zeros."""
+        if not isinstance(self.layers, Block):
+            return tuple(block.mixer.init_cache(batch) for block in self.layers)
+        one = self.layers.mixer.init_cache(batch)
+        return jax.tree.map(lambda leaf: jnp.zeros((self.config.num_layers, *leaf.shape), leaf.dtype), one)
+
+    def hidden_states(
+        self,
+        input_ids: jax.Array,
+        cache: LMCache | None = None,
+        *,
+        attention_mask: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        return_cache: bool = False,
+    ) -> tuple[jax.Array, LMCache | None]:
+        """What the head turns into logits, (batch, length, d_model); arguments as in ``__call__``.
+
+        Returns:
+            The normed output of the last block, and the cache, which is None unless asked for.
+        """
+        config = self.config
+        input_ids = check_token_ids("input_ids", input_ids, config.vocab_size)
+        mask = None if attention_mask is None else as_mask(attention_mask, input_ids.shape)
+        x = self.embedding[...][input_ids].astype(config.compute_dtype)
+        if config.residual_f32:
+            x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        graph, _ = nnx.split(self.layers if isinstance(self.layers, Block) else self.layers[0])
+
+        @config.checkpoint
+        def run(x: jax.Array, state: Any, cache: MambaCache | None) -> tuple[jax.Array, MambaCache | None]:
+            block = nnx.merge(graph, state)
+            return block(x, cache, segment_ids=segment_ids, mask=mask, return_cache=return_cache)
+
+        new_cache: LMCache | None
+        if isinstance(self.layers, Block):
+            layers = nnx.split(self.layers)[1], cache
+            x, new_cache = jax.lax.scan(lambda x, layer: run(x, *layer), x, layers)
+        else:
+            new = []
+            for index, block in enumerate(self.layers):
+                before = None if cache is None else cast(MambaCache, cache[index])
+                x, after = run(x, nnx.split(block)[1], before)
+                new.append(after)
+            new_cache = tuple(new) if return_cache else None
+        return rms_norm(x, self.norm[...], config.norm_eps, config.compute_dtype), new_cache
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """(..., d_model) -> (..., vocab_size), summed up and returned in float32 or wider."""
+        weight = (self.embedding if self.config.tie_embeddings else self.head)[...].astype(hidden.dtype)
+        rows = hidden.reshape(-1, hidden.shape[-1])  # as in jax_sscan.modules.parameters.dense
+        dtype = jnp.promote_types(hidden.dtype, jnp.float32)
+        out = jax.lax.dot_general(rows, weight, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
+        return out.reshape(*hidden.shape[:-1], weight.shape[0])
+
+    @overload
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        cache: LMCache | None = None,
+        *,
+        attention_mask: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        return_cache: Literal[False] = False,
+    ) -> jax.Array: ...
+
+    @overload
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        cache: LMCache | None = None,
+        *,
+        attention_mask: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        return_cache: Literal[True],
+    ) -> tuple[jax.Array, LMCache]: ...
+
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        cache: LMCache | None = None,
+        *,
+        attention_mask: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        return_cache: bool = False,
+    ) -> jax.Array | tuple[jax.Array, LMCache]:
+        """The logits of what follows each token.
+
+        Args:
+            input_ids: (batch, length) integers.
+            cache: what the model remembers of the tokens before these; nothing if None.
+            attention_mask: (batch, length), 0 or False at padding, on the left or on the right; the tokens of a row
+                lie side by side. Padding changes nothing of what comes out at tokens.
+            segment_ids: (batch, length) int32, for sequences packed in one row: nothing is carried across a change.
+            return_cache: whether to return the cache after the last token as well.
+
+        Returns:
+            The logits (batch, length, vocab_size), float32, which at padding mean nothing, or ``(logits, cache)``.
+
+        Raises:
+            ValueError: a shape is wrong.
+            TypeError: a dtype is wrong or something is not an array.
+        """
+        hidden, cache = self.hidden_states(
+            input_ids, cache, attention_mask=attention_mask, segment_ids=segment_ids, return_cache=return_cache
+        )
+        logits = self.logits(hidden)
+        return (logits, cast(LMCache, cache)) if return_cache else logits
+
+
+def check_token_ids(name: str, value: Any, vocab_size: int) -> jax.Array:
+    """Returns ``value`` as a checked (batch, length) array of tokens below vocab_size.
+
+    Tokens whose values are only known when the program runs are not checked: JAX clamps those that are out of range.
+    """
+    array = _integers(name, value, "integers")
+    checks.check_rank(name, array, "(batch, length)", 2)
+    if array.size and not isinstance(value, Tracer) and getattr(value, "is_fully_addressable", True):
+        known = np.asarray(value)
+        least, most = known.min(), known.max()
+        if least < 0 or most >= vocab_size:
+            raise ValueError(f"{name} must be tokens from 0 to {vocab_size - 1}, got values from {least} to {most}")
+    return array
+
+
+def as_mask(attention_mask: Any, shape: tuple[int, ...]) -> jax.Array:
+    """Returns an attention mask, bool or integers as tokenizers make them, as a checked array of bool."""
+    array = _integers("attention_mask", attention_mask, "bool or integers")
+    checks.check_shape("attention_mask", array, "(batch, length)", shape)
+    return array != 0
+
+
+def _integers(name: str, value: Any, expected: str) -> jax.Array:
+    """Returns an array of integers, of 64 bits too, as tokenizers and NumPy make them, or of bool where expected."""
+    if not (hasattr(value, "shape") and hasattr(value, "dtype")):
+        raise TypeError(f"{name} must be an array, got {type(value).__name__}; convert it with jnp.asarray")
+    array = jnp.asarray(value)
+    is_bool = array.dtype == jnp.bool_ and "bool" in expected
+    if not is_bool and not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(f"{name} must be {expected}, got {array.dtype}")
+    return array
+
+
+def _norm(config: MambaConfig) -> Parameter:
+    return Parameter((config.d_model,), ("d_model",), jax.nn.initializers.ones, config.param_dtype)
+
+
+def _stack(blocks: list[Block]) -> Block:
+    """One block whose parameters are those of all, stacked along a new first axis, which no mesh splits."""
+    graphs, states = zip(*[nnx.split(block) for block in blocks], strict=True)
+    state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    for _, variable in nnx.to_flat_state(state):
+        if sharding := variable.get_metadata().get("out_sharding"):
+            variable.set_metadata(out_sharding=(None, *sharding))
+    return nnx.merge(graphs[0], state)

@@ -1,0 +1,72 @@
+"""The state space model as a layer of its own, without convolution and projections in and out."""
+
+import dataclasses
+import math
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+
+from jax_sscan import checks
+from jax_sscan.modules import padding, ssm
+from jax_sscan.modules.parameters import Parameter, Params
+from jax_sscan.modules.ssm import SSMOptions
+
+
+@dataclasses.dataclass(kw_only=True, eq=False, repr=False)
+class SelectiveScanOptions(SSMOptions):
+    """The options of a bare selective scan, beside those of its state space model.
+
+    Attributes:
+        d_inner: channels of input and output. dt_rank="auto" is d_inner / 32, as in a Mamba block that expands by 2.
+    """
+
+    d_inner: int = dataclasses.field(kw_only=False)
+
+
+def parameters(options: SelectiveScanOptions) -> dict[str, Parameter]:
+    """The parameter table."""
+    dt_rank = math.ceil(options.d_inner / 32) if options.dt_rank == "auto" else options.dt_rank
+    return ssm.parameters(options, options.d_inner, dt_rank)
+
+
+def init_cache(options: SelectiveScanOptions, batch: int) -> jax.Array:
+    """The state before the first position: zeros."""
+    return ssm.init_state(options, batch, options.d_inner)
+
+
+def apply(
+    options: SelectiveScanOptions,
+    params: Params,
+    u: jax.Array,
+    z: jax.Array | None = None,
+    cache: jax.Array | None = None,
+    *,
+    segment_ids: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    return_cache: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Runs the layer; see `jax_sscan.nnx.SelectiveScan` for the arguments."""
+    u = checks.sequence("u", u, "(batch, length, d_inner)")
+    batch, length, d_inner = u.shape
+    if d_inner != options.d_inner:
+        raise ValueError(f"u must have shape (batch, length, d_inner = {options.d_inner}), got {u.shape}")
+    if z is not None:
+        z = checks.sequence("z", z, "u.shape", u.shape)
+    if segment_ids is not None:
+        segment_ids = checks.segments(segment_ids, batch, length)
+    if mask is not None:
+        mask = padding.check_mask(mask, batch, length)
+    dtype = jnp.result_type(u.dtype, options.param_dtype) if options.dtype is None else options.dtype
+    gate = None if z is None else z.astype(dtype)
+    out, state = ssm.apply(
+        options,
+        params,
+        u.astype(dtype),
+        gate,
+        cache,
+        segment_ids=segment_ids,
+        mask=mask,
+        return_state=return_cache,
+    )
+    return (out, cast(jax.Array, state)) if return_cache else out

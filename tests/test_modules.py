@@ -1,0 +1,314 @@
+"""The Flax modules: against a block written position by position, and one part of a sequence against the whole."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import block_oracle
+import flax.linen
+import flax.nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checks import jit
+from test_package import run_python
+
+import jax_sscan.linen
+import jax_sscan.nnx
+from jax_sscan.modules.mamba import MambaCache
+
+D_MODEL, BATCH, LENGTH = 6, 2, 13
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "biases": {"use_bias": True, "use_conv_bias": False, "dt_rank": 3, "d_conv": 3, "expand": 1.5},
+    "falcon": {"inner_norm": "rms", "d_inner": 10},
+    "jamba": {"inner_norm": "scaled_rms", "d_conv": 2},
+}
+
+
+def block(flavour: str = "nnx", compiled: bool = True, **options: Any) -> Any:
+    """A function of (params, x, ...) and random parameters, none of them at its initial value."""
+    options = {"d_state": 3, **options}
+    module: Any = jax_sscan.nnx.Mamba(D_MODEL, rngs=flax.nnx.Rngs(0), **options)
+    graph, state = flax.nnx.split(module)
+    params = flax.nnx.to_pure_dict(state)
+    keys = jax.random.split(jax.random.key(3), len(params))
+    noise = {name: 0.3 * jax.random.normal(key, params[name].shape) for name, key in zip(params, keys, strict=True)}
+    params = {name: (params[name] + noise[name]).astype(params[name].dtype) for name in params}
+    linen = jax_sscan.linen.Mamba(D_MODEL, **options)
+
+    def call(params: Any, args: Any, keywords: Any, **static: Any) -> Any:
+        if flavour == "linen":
+            return linen.apply({"params": params}, *args, **keywords, **static)
+        flax.nnx.replace_by_pure_dict(state, params)
+        return flax.nnx.merge(graph, state)(*args, **keywords, **static)
+
+    calls = {flag: functools.partial(call, return_cache=flag) for flag in (False, True)}
+    if compiled:
+        calls = {flag: jit(call) for flag, call in calls.items()}
+
+    def run(params: Any, *args: Any, return_cache: bool = False, **keywords: Any) -> Any:
+        return calls[return_cache](params, args, keywords)
+
+    return run, params
+
+
+@pytest.fixture(autouse=True)
+def exact_products() -> Iterator[None]:
+    """GPUs round the factors of float32 products otherwise."""
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+def inputs(seed: int = 1, length: int = LENGTH) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), (BATCH, length, D_MODEL))
+
+
+def close(got: Any, expected: Any, tolerance: float = 2e-5) -> None:
+    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+    np.testing.assert_allclose(got, expected, rtol=tolerance, atol=tolerance * (1 + np.abs(expected).max(initial=0)))
+
+
+@pytest.mark.parametrize("flavour", ["nnx", "linen"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_block_against_the_straight_loop(name: str, flavour: str) -> None:
+    run, params = block(flavour, **OPTIONS[name])
+    x = inputs()
+    out, cache = run(params, x, return_cache=True)
+    for b in range(BATCH):
+        row = block_oracle.Row(params, "inner_norm" in OPTIONS[name])
+        close(out[b], row.read(x[b]))
+        close(cache.conv[b], row.window)
+        close(cache.state[b], row.state)
+
+
+def test_bidirectional_block_against_two_loops() -> None:
+    run, params = block(bidirectional=True)
+    x = inputs()
+    # The first row ends early and the second begins late: padding is in front of one of the two directions.
+    mask = jnp.arange(LENGTH) < jnp.array([[9], [LENGTH]])
+    mask = mask.at[1, :2].set(False)
+    out = run(params, x, mask=mask)
+    for b, real in enumerate((slice(0, 9), slice(2, LENGTH))):
+        steps = np.asarray(x[b, real], np.float64)
+        there, back = block_oracle.Row(params), block_oracle.Row(params, prefix="reverse_")
+        y = np.stack([there.scan(s) for s in steps]) + np.stack([back.scan(s) for s in steps[::-1]])[::-1]
+        close(out[b, real], y @ there.p["out_proj"])
+    with pytest.raises(ValueError, match="bidirectional"):
+        run(params, x, return_cache=True)
+
+
+@pytest.mark.parametrize("module", ["Mamba", "SelectiveScan"])
+@pytest.mark.parametrize("inner_norm", [None, "scaled_rms"])
+def test_parameters_convert_between_the_flavours(module: str, inner_norm: Any) -> None:
+    """The trees are the same, and so is what the modules compute from them."""
+    options = {"d_state": 3, "inner_norm": inner_norm}
+    nnx = getattr(jax_sscan.nnx, module)(D_MODEL, rngs=flax.nnx.Rngs(0), **options)
+    linen = getattr(jax_sscan.linen, module)(D_MODEL, **options)
+    x = inputs()
+    variables = linen.init(jax.random.key(1), x)
+    shapes = jax.tree.map(lambda p: (p.shape, p.dtype), variables["params"])
+    params = flax.nnx.to_pure_dict(flax.nnx.state(nnx, flax.nnx.Param))
+    assert shapes == jax.tree.map(lambda p: (p.shape, p.dtype), params)
+    np.testing.assert_array_equal(linen.apply({"params": params}, x), nnx(x))
+    flax.nnx.update(nnx, variables["params"])
+    np.testing.assert_array_equal(linen.apply(variables, x), nnx(x))
+
+
+def test_bare_selective_scan_against_the_straight_loop() -> None:
+    module = jax_sscan.nnx.SelectiveScan(D_MODEL, d_state=3, dt_rank=2, rngs=flax.nnx.Rngs(0))
+    params = flax.nnx.to_pure_dict(flax.nnx.state(module, flax.nnx.Param))
+    u, z = inputs(1), inputs(2)
+    out, state = module(u, z, return_cache=True)
+    halfway, cache = module(u[:, :5], z[:, :5], module.init_cache(BATCH), return_cache=True)
+    step, _ = module(u[:, 5:6], z[:, 5:6], cache, return_cache=True)
+    close(jnp.concatenate([halfway, step], 1), out[:, :6])
+    params["conv_kernel"] = np.zeros((D_MODEL, 1))
+    for b in range(BATCH):
+        row = block_oracle.Row(params)
+        rows = zip(np.asarray(u[b], np.float64), np.asarray(z[b], np.float64), strict=True)
+        close(out[b], np.stack([row.model(u, z) for u, z in rows]))
+        close(state[b], row.state)
+
+
+@pytest.mark.parametrize("flavour", ["nnx", "linen"])
+def test_parts_of_a_sequence_give_what_the_whole_gives(flavour: str) -> None:
+    """Prefill, one step, several steps, and parts shorter than the convolution, each continuing the cache before."""
+    run, params = block(flavour)
+    x = inputs()
+    whole, end = run(params, x, return_cache=True)
+    module = jax_sscan.linen.Mamba(D_MODEL, d_state=3)
+    for lengths in ((7, 6), (1, 1, 2, 9), (0, 5, 1, 7)):
+        parts, cache, begin = [], module.init_cache(BATCH), 0
+        for length in lengths:
+            part, cache = run(params, x[:, begin : begin + length], cache, return_cache=True)
+            parts.append(part)
+            begin += length
+        close(jnp.concatenate(parts, 1), whole)
+        jax.tree.map(close, cache, end)
+    # The cache of one prefill serves several continuations.
+    _, cache = run(params, x[:, :5], return_cache=True)
+    for other in (2, 3):
+        y = jnp.concatenate([x[:, :5], inputs(other)[:, 5:]], 1)
+        close(run(params, y[:, 5:], cache), run(params, y)[:, 5:])
+
+
+def test_segments_are_sequences_of_their_own() -> None:
+    run, params = block()
+    x = inputs()
+    ids = jnp.array([[4] * 5 + [0] * 6 + [4] * 2, [1] * 13], jnp.int32)
+    out, cache = run(params, x, segment_ids=ids, return_cache=True)
+    for b, pieces in enumerate((((0, 5), (5, 11), (11, 13)), ((0, 13),))):
+        for begin, end in pieces:
+            alone, last = run(params, x[b : b + 1, begin:end], return_cache=True)
+            close(out[b, begin:end], alone[0])
+        jax.tree.map(lambda c, a, b=b: close(c[b], a[0]), cache, last)
+
+
+LEFT = [(4, 13), (0, 13)]
+RIGHT = [(0, 8), (0, 2)]
+BOTH = [(3, 4), (5, 11)]
+NOTHING = [(0, 0), (6, 13)]
+
+
+@pytest.mark.parametrize("inner_norm", [None, "rms"])
+@pytest.mark.parametrize("continued", [False, True])
+@pytest.mark.parametrize("real", [LEFT, RIGHT, BOTH, NOTHING], ids=["left", "right", "both", "nothing"])
+def test_a_ragged_batch_equals_each_row_alone(real: Any, continued: bool, inner_norm: Any) -> None:
+    """Outputs, caches and gradients; padding holds numbers that would be seen if anything read them."""
+    run, params = block(inner_norm=inner_norm, compiled=False)
+    x = inputs()
+    mask = jnp.array([[begin <= t < end for t in range(LENGTH)] for begin, end in real])
+    padded = jnp.where(mask[..., None], x, 1e3)
+    cache = jit(lambda p, x: run(p, x, return_cache=True)[1])(params, inputs(9)) if continued else None
+
+    def ragged(params: Any, padded: Any) -> Any:
+        out, new = run(params, padded, cache, mask=mask, return_cache=True)
+        out = jnp.where(mask[..., None], out, 0)
+        return jnp.sum(jnp.sin(out)) + sum(jnp.sum(jnp.cos(leaf)) for leaf in new), (out, new)
+
+    def alone(params: Any, x: Any) -> Any:
+        loss, results = 0.0, []
+        for b, (begin, end) in enumerate(real):
+            before = jax.tree.map(lambda c, b=b: c[b : b + 1], cache)
+            out, new = run(params, x[b : b + 1, begin:end], before, return_cache=True)
+            loss += jnp.sum(jnp.sin(out)) + sum(jnp.sum(jnp.cos(leaf)) for leaf in new)
+            results.append((out[0], jax.tree.map(lambda c: c[0], new)))
+        return loss, results
+
+    (got_d, got_dx), (got, got_cache) = jit(jax.grad(ragged, (0, 1), has_aux=True))(params, padded)
+    (expected_d, expected_dx), expected = jit(jax.grad(alone, (0, 1), has_aux=True))(params, x)
+    for b, (begin, end) in enumerate(real):
+        close(got[b, begin:end], expected[b][0])
+        jax.tree.map(lambda c, e, b=b: close(c[b], e), got_cache, expected[b][1])
+    close(got_dx, jnp.where(mask[..., None], expected_dx, 0), 1e-4)
+    jax.tree.map(lambda g, e: close(g, e, 1e-4), got_d, expected_d)
+
+
+@pytest.mark.parametrize("padding_id", [0, 7, 2])
+def test_segments_and_padding_together(padding_id: int) -> None:
+    """Whatever ids padding has, segments begin and end at real positions only."""
+    run, params = block()
+    x = inputs()
+    mask = jnp.array([[False] * 4 + [True] * 9, [True] * 10 + [False] * 3])
+    ids = jnp.array([[0] * 4 + [7] * 3 + [2] * 6, [2] * 8 + [7] + [2] + [0] * 3], jnp.int32)
+    ids = jnp.where(mask, ids, padding_id)
+    cache = run(params, inputs(9), return_cache=True)[1]
+    out, new = run(params, x, cache, segment_ids=ids, mask=mask, return_cache=True)
+    for b, real in enumerate((slice(4, 13), slice(0, 10))):
+        before = jax.tree.map(lambda c, b=b: c[b : b + 1], cache)
+        row = slice(b, b + 1)
+        alone, last = run(params, x[row, real], before, segment_ids=ids[row, real], return_cache=True)
+        close(out[b, real], alone[0])
+        jax.tree.map(lambda c, a, b=b: close(c[b], a[0]), new, last)
+
+
+def test_initial_parameters_are_the_papers() -> None:
+    module = jax_sscan.nnx.Mamba(32, dt_min=0.01, dt_max=0.05, dt_scale=0.5, rngs=flax.nnx.Rngs(0))
+    dt = jax.nn.softplus(module.dt_bias[...])
+    assert 0.01 * (1 - 1e-5) <= dt.min() < 0.013 and 0.04 < dt.max() <= 0.05 * (1 + 1e-5)
+    close(-jnp.exp(module.A_log[...]), np.tile(-np.arange(1.0, 17), (64, 1)), 1e-6)
+    close(module.D[...], np.ones(64))
+    for name, bound in (("in_proj", 32**-0.5), ("x_proj", 64**-0.5), ("dt_proj", 0.5 * 2**-0.5), ("conv_kernel", 0.5)):
+        largest = float(jnp.abs(getattr(module, name)[...]).max())
+        assert 0.9 * bound < largest <= bound * (1 + 1e-6), name
+    floored = jax_sscan.nnx.Mamba(32, dt_init_floor=0.5, rngs=flax.nnx.Rngs(0))
+    close(jax.nn.softplus(floored.dt_bias[...]), np.full(64, 0.5), 1e-6)
+
+
+def test_bfloat16_where_it_belongs() -> None:
+    """Parameters and activations; not A, D, the step sizes' bias and the state."""
+    options = {"param_dtype": jnp.bfloat16, "inner_norm": "scaled_rms"}
+    run, params = block(**options)
+    kept = {name for name, value in params.items() if value.dtype == jnp.float32}
+    assert kept == {"A_log", "D", "dt_bias"}
+    x = inputs()
+    out, cache = run(params, x.astype(jnp.bfloat16), return_cache=True)
+    assert (out.dtype, cache.conv.dtype, cache.state.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
+    wide, _ = block(inner_norm="scaled_rms")
+    expected = wide(jax.tree.map(lambda p: p.astype(jnp.float32), params), x)
+    close(out, expected, 0.03)
+    half, wide_params = block(dtype=jnp.bfloat16)
+    assert half(wide_params, x).dtype == jnp.bfloat16
+
+
+def test_partitioning_metadata() -> None:
+    mesh = jax.make_mesh((1,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        module = jax_sscan.nnx.Mamba(8, rngs=flax.nnx.Rngs(0), partitioning={"d_inner": "model"})
+    specs = flax.nnx.get_partition_spec(flax.nnx.state(module, flax.nnx.Param))
+    linen = jax_sscan.linen.Mamba(8, partitioning={"d_inner": "model"})
+    variables = linen.init(jax.random.key(0), jnp.ones((1, 2, 8)))
+    linen_specs = flax.linen.get_partition_spec(variables)["params"]
+    expected = {"in_proj": (None, "model"), "out_proj": ("model", None), "A_log": ("model", None), "D": ("model",)}
+    for name, axes in expected.items():
+        assert specs[name].get_value() == linen_specs[name] == jax.sharding.PartitionSpec(*axes), name
+
+
+def test_nothing_is_transposed_around_the_scan() -> None:
+    """Of arrays as large as the scan's input, in the compiled forward and backward passes."""
+    native = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    if not jax_sscan.implementations()[native].available:
+        pytest.skip("pure JAX is time-major inside; what matters is what a custom call is fed")
+    length, d_model = 64, 24
+    module = jax_sscan.nnx.Mamba(d_model, rngs=flax.nnx.Rngs(0))
+    graph, state = flax.nnx.split(module)
+
+    def loss(state: Any, x: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.sin(flax.nnx.merge(graph, state)(x)))
+
+    x = jnp.ones((BATCH, length, d_model))
+    text = str(jax.jit(jax.grad(loss, (0, 1))).lower(state, x).compile().as_text())
+    assert text.count("jax_sscan_forward") and text.count("jax_sscan_backward")
+    transposes = re.findall(r"\w+\[([\d,]+)\]\S* transpose\(.*", text)
+    sizes = [int(np.prod([int(n) for n in shape.split(",")])) for shape in transposes]
+    assert all(size < BATCH * length * d_model for size in sizes), transposes
+
+
+def test_wrong_arguments_are_named() -> None:
+    run, params = block()
+    x = inputs()
+    for match, call in {
+        "d_model = 6": lambda: run(params, x[..., :5]),
+        "mask must be bool": lambda: run(params, x, mask=jnp.ones((BATCH, LENGTH))),
+        "mask must have shape": lambda: run(params, x, mask=jnp.ones((BATCH, 1), bool)),
+        "segment_ids must": lambda: run(params, x, segment_ids=jnp.ones((BATCH, LENGTH))),
+        "initial_state must": lambda: run(params, x, MambaCache(jnp.zeros((1, 12, 3)), jnp.zeros((BATCH, 12, 3)))),
+        "inner_norm must": lambda: block(inner_norm="layer"),
+        "d_conv must": lambda: block(d_conv=0),
+    }.items():
+        with pytest.raises((ValueError, TypeError), match=match):
+            call()
+
+
+@pytest.mark.parametrize("module", ["nnx", "linen", "models"])
+def test_a_missing_flax_says_what_to_install(module: str) -> None:
+    printed = run_python(
+        "import sys; sys.modules['flax'] = None\n"
+        f"try:\n    import jax_sscan.{module}\nexcept ImportError as error:\n    print(error)"
+    )
+    assert "pip install 'jax-sscan[" in printed
