@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jax_sscan import backends, canonical, checks
+from jax_sscan.backends import partitioning
 from jax_sscan.canonical import Layout, Operands, Options, Residuals
 
 RESIDUAL_NAMES = ("selective_scan_out", "selective_scan_states")
@@ -265,9 +266,11 @@ def _empty(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]:
 # jitted, so that an eager call compiles once per shape and not once per call.
 @partial(jax.jit, static_argnames=("options", "implementation"))
 def _run(operands: Operands, options: Options, implementation: str | None) -> tuple[jax.Array, jax.Array | None]:
+    # Inside `jax.shard_map`, the transpose of this sums the gradient of what devices share.
+    operands = partitioning.vary(operands, partitioning.varying_axes(operands))
     if implementation == "xla":
         # Differentiated by JAX itself, so that forward mode and higher orders work.
-        return backends.xla.forward(operands, options, save_states=False)[:2]
+        return backends.forward(operands, options, False, implementation)[:2]
     return _scan(operands, options, implementation)
 
 

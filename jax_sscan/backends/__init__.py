@@ -9,12 +9,14 @@ Every implementation is a pair of functions on the canonical form of `jax_sscan.
 """
 
 import warnings
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 
-from jax_sscan.backends import native, xla
+from jax_sscan import canonical
+from jax_sscan.backends import native, partitioning, xla
 from jax_sscan.canonical import Operands, Options, Residuals, Sizes
 
 NAMES = ("cuda", "cpu", "xla")
@@ -101,12 +103,12 @@ def forward(
     operands: Operands, options: Options, save_states: bool, implementation: str | None
 ) -> tuple[jax.Array, jax.Array | None, Any]:
     """Runs the forward pass of ``implementation``, or of the best one for the platform it is lowered for."""
-    if implementation is None:
-        keywords: dict[str, Any] = {"options": options, "save_states": save_states}
-        branches = {platform: partial(native.forward, **keywords) for platform in _native_platforms()}
-        return jax.lax.platform_dependent(operands, default=partial(xla.forward, **keywords), **branches)
-    run = xla.forward if implementation == "xla" else native.forward
-    return run(operands, options, save_states)
+    keywords: dict[str, Any] = {"options": options, "save_states": save_states}
+    run = _of_implementation(native.forward, xla.forward, implementation, **keywords)
+    axes = canonical.axes(operands, options.layout)
+    return partitioning.over_explicit_axes(
+        run, (operands,), (axes,), canonical.result_axes(axes, options, save_states)
+    )
 
 
 def backward(
@@ -117,12 +119,20 @@ def backward(
     implementation: str | None,
 ) -> Operands:
     """Runs the backward pass that belongs to `forward`."""
-    args = residuals, out_cotangent, last_state_cotangent
-    if implementation is None:
-        branches = {platform: partial(native.backward, options=options) for platform in _native_platforms()}
-        return jax.lax.platform_dependent(*args, default=partial(xla.backward, options=options), **branches)
-    run = xla.backward if implementation == "xla" else native.backward
-    return run(*args, options)
+    run = _of_implementation(native.backward, xla.backward, implementation, options=options)
+    arguments = residuals, out_cotangent, last_state_cotangent
+    axes = canonical.axes(residuals.operands, options.layout)
+    return partitioning.over_explicit_axes(
+        run, arguments, canonical.backward_axes(axes, last_state_cotangent), axes._replace(segment_ids=None)
+    )
+
+
+def _of_implementation(native: Any, xla: Any, implementation: str | None, **keywords: Any) -> Callable[..., Any]:
+    """Which of the two functions ``implementation`` means; for None a choice that lowering makes."""
+    if implementation is not None:
+        return partial(xla if implementation == "xla" else native, **keywords)
+    branches = {platform: partial(native, **keywords) for platform in _native_platforms()}
+    return partial(jax.lax.platform_dependent, default=partial(xla, **keywords), **branches)
 
 
 def _native_platforms() -> list[str]:

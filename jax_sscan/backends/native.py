@@ -1,8 +1,8 @@
 """The native implementations: the compiled extension, its registration with XLA, and its custom calls.
 
 A custom call takes the operands of the canonical form in their order, absent ones as an empty float32 vector, and the
-static flags as attributes. It knows nothing of `jax.vmap`, so each call carries its own batching rule: the mapped axis
-joins the batch and the kernel runs once. Weights then come once per *instance*, an equal part of the batch.
+static flags as attributes. It knows neither `jax.vmap` nor devices: `jax_sscan.backends.batching` and
+`jax_sscan.backends.partitioning` do. With several instances (equal parts of the batch) weights come once per instance.
 """
 
 import functools
@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_sscan import canonical
+from jax_sscan.backends import batching
 from jax_sscan.canonical import Operands, Options, Residuals, Sizes, is_varying, sizes
 
 # A saved state every 32 steps costs as much as half of u at dstate 16, and a chunk's history fits the L1 cache.
@@ -57,28 +59,15 @@ def missing(implementation: str) -> str | None:
 
 
 def forward(
-    operands: Operands, options: Options, save_states: bool, instances: int = 1
+    operands: Operands, options: Options, save_states: bool
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-    """Runs the native forward kernel; see `jax_sscan.backends` for the contract.
+    """Runs the native forward kernel; see `jax_sscan.backends` for the contract."""
+    axes = canonical.axes(operands, options.layout)
 
-    Args:
-        operands: canonical operands; with several instances the weights have instances * dim rows.
-        options: the static flags.
-        save_states: whether to save the states for a backward pass.
-        instances: equal parts of the batch that have weights of their own.
-    """
-    leaves, tree = jax.tree.flatten(operands)
+    def kernel(operands: Operands, instances: int) -> Any:
+        return _forward_call(operands, options, save_states, instances)
 
-    @jax.custom_batching.custom_vmap
-    def call(*leaves: jax.Array) -> Any:
-        return _forward_call(tree.unflatten(leaves), options, save_states, instances)
-
-    @call.def_vmap
-    def _(axis_size: int, batched: list[bool], *leaves: jax.Array) -> Any:
-        folded = _fold(tree.unflatten(leaves), tree.unflatten(batched), axis_size)
-        return _unfold(forward(folded, options, save_states, axis_size * instances), axis_size)
-
-    return call(*leaves)
+    return batching.call(kernel, (operands,), (axes,), canonical.result_axes(axes, options, save_states))
 
 
 def backward(
@@ -86,39 +75,17 @@ def backward(
     out_cotangent: jax.Array,
     last_state_cotangent: jax.Array | None,
     options: Options,
-    instances: int = 1,
 ) -> Operands:
-    """Runs the native backward kernel; see `jax_sscan.backends` for the contract and `forward` for instances."""
-    leaves, tree = jax.tree.flatten((residuals, out_cotangent, last_state_cotangent))
+    """Runs the native backward kernel; see `jax_sscan.backends` for the contract."""
+    arguments = residuals, out_cotangent, last_state_cotangent
+    axes = canonical.axes(residuals.operands, options.layout)
 
-    @jax.custom_batching.custom_vmap
-    def call(*leaves: jax.Array) -> Any:
-        residuals, out_cotangent, last_state_cotangent = tree.unflatten(leaves)
+    def kernel(residuals: Residuals, out_cotangent: Any, last_state_cotangent: Any, instances: int) -> Any:
         return _backward_call(residuals, out_cotangent, last_state_cotangent, options, instances)
 
-    @call.def_vmap
-    def _(axis_size: int, batched: list[bool], *leaves: jax.Array) -> Any:
-        residuals, *cotangents = _fold(tree.unflatten(leaves), tree.unflatten(batched), axis_size)
-        return _unfold(backward(residuals, cotangents[0], cotangents[1], options, axis_size * instances), axis_size)
-
-    return call(*leaves)
-
-
-def _fold(arrays: Any, batched: Any, axis_size: int) -> Any:
-    """Makes the mapped axis the outermost part of the batch, and of the rows of weights, which are by instance."""
-
-    def fold(array: jax.Array, mapped: bool) -> jax.Array:
-        if not mapped:
-            array = jnp.broadcast_to(array, (axis_size, *array.shape))
-        return array.reshape(axis_size * array.shape[1], *array.shape[2:])
-
-    return jax.tree.map(fold, arrays, batched)
-
-
-def _unfold(results: Any, axis_size: int) -> tuple[Any, Any]:
-    """Undoes `_fold` on results, and says as a batching rule must that all are mapped."""
-    unfolded = jax.tree.map(lambda x: x.reshape(axis_size, x.shape[0] // axis_size, *x.shape[1:]), results)
-    return unfolded, jax.tree.map(lambda _: True, results)
+    return batching.call(
+        kernel, arguments, canonical.backward_axes(axes, last_state_cotangent), axes._replace(segment_ids=None)
+    )
 
 
 # An operand or result that is not there travels as an empty vector.
@@ -126,7 +93,9 @@ _ABSENT = jax.ShapeDtypeStruct((0,), np.float32)
 
 
 def _call_operands(*operands: Any) -> list[Any]:
-    return [np.zeros(_ABSENT.shape, _ABSENT.dtype) if x is None else x for x in operands]
+    # Made from an operand, so that inside `jax.shard_map` it varies over the mesh as they do.
+    absent = jnp.zeros_like(operands[0], shape=_ABSENT.shape, dtype=_ABSENT.dtype)
+    return [absent if x is None else x for x in operands]
 
 
 def _attributes(operands: Operands, options: Options, instances: int) -> dict[str, Any]:
