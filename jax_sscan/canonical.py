@@ -23,6 +23,13 @@ import numpy as np
 
 from jax_sscan import checks
 
+RESIDUAL_NAMES = ("selective_scan_out", "selective_scan_states")
+"""The `checkpoint_name` of what a scan computes for its backward pass and its successors.
+
+``jax.checkpoint(f, policy=jax.checkpoint_policies.save_only_these_names(*RESIDUAL_NAMES))`` rematerialises everything
+around a scan without running the scan a second time.
+"""
+
 Layout = Literal["bdl", "bld"]
 LAYOUTS: tuple[str, ...] = get_args(Layout)
 

@@ -7,16 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jax_sscan import backends, canonical, checks
+from jax_sscan import backends, canonical, checks, sequence
 from jax_sscan.backends import partitioning
-from jax_sscan.canonical import Layout, Operands, Options, Residuals
-
-RESIDUAL_NAMES = ("selective_scan_out", "selective_scan_states")
-"""The `checkpoint_name` of what a scan computes for its backward pass and its successors.
-
-``jax.checkpoint(f, policy=jax.checkpoint_policies.save_only_these_names(*RESIDUAL_NAMES))`` rematerialises everything
-around a scan without running the scan a second time.
-"""
+from jax_sscan.canonical import RESIDUAL_NAMES, Layout, Operands, Options, Residuals
 
 
 class ScanForward(NamedTuple):
@@ -58,6 +51,7 @@ def selective_scan(
     return_last_state: bool = False,
     layout: Layout = "bdl",
     out_dtype: Any = None,
+    axis_name: str | None = None,
     implementation: str | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Mamba's selective scan (S6), algorithm 2 of arXiv 2312.00752.
@@ -93,6 +87,9 @@ def selective_scan(
         return_last_state: whether to return the state after the last position processed as well.
         layout: "bdl" or "bld", the order of the axes of u, delta, z, B, C and the output.
         out_dtype: dtype of the output; that of u if None.
+        axis_name: inside `jax.shard_map`, the mesh axis over which the sequence is divided: each device passes its part
+            of u, delta, B, C, z and segment_ids, in order and of one length, and gets its part of the output.
+            initial_state (the first device's counts) and last_state (the same on all) are those of the whole sequence.
         implementation: None for the best one of the platform the computation is lowered for, or "cuda", "cpu"
             (native) or "xla" (pure JAX, which also has forward mode and higher-order derivatives). See
             `implementations`.
@@ -118,7 +115,7 @@ def selective_scan(
     if operands.u.size == 0:
         out, last_state = _empty(operands, options)
     else:
-        out, last_state = _run(operands, options, implementation)
+        out, last_state = _run(operands, options, implementation, axis_name)
     return (out, last_state) if options.last_state else out
 
 
@@ -264,10 +261,14 @@ def _empty(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]:
 
 
 # jitted, so that an eager call compiles once per shape and not once per call.
-@partial(jax.jit, static_argnames=("options", "implementation"))
-def _run(operands: Operands, options: Options, implementation: str | None) -> tuple[jax.Array, jax.Array | None]:
+@partial(jax.jit, static_argnames=("options", "implementation", "axis_name"))
+def _run(
+    operands: Operands, options: Options, implementation: str | None, axis_name: str | None
+) -> tuple[jax.Array, jax.Array | None]:
     # Inside `jax.shard_map`, the transpose of this sums the gradient of what devices share.
     operands = partitioning.vary(operands, partitioning.varying_axes(operands))
+    if axis_name is not None:
+        return sequence.run(operands, options, implementation, axis_name)
     if implementation == "xla":
         # Differentiated by JAX itself, so that forward mode and higher orders work.
         return backends.forward(operands, options, False, implementation)[:2]
