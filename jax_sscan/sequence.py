@@ -154,7 +154,8 @@ def _entering(decay: jax.Array, state: jax.Array, first: jax.Array, part: Part, 
         return (jnp.where(decay == 0, 0, passed) if restarts else passed) + state
 
     state = jnp.where(part.is_first(), through(decay, state, first), state)
-    parts = lax.all_gather(jnp.stack([decay, state]), part.axis_name)
+    # Tiled: JAX 0.10 loses track of other, explicit mesh axes where all_gather adds an axis.
+    parts = lax.all_gather(jnp.stack([decay, state])[None], part.axis_name, tiled=True)
     parts = parts[::-1] if part.reverse else parts
     # Those before this one only; the first part holds ``first`` already, so nothing enters it here.
     before = jnp.arange(part.count) < part.index

@@ -122,9 +122,11 @@ def backward(
     run = _of_implementation(native.backward, xla.backward, implementation, options=options)
     arguments = residuals, out_cotangent, last_state_cotangent
     axes = canonical.axes(residuals.operands, options.layout)
-    return partitioning.over_explicit_axes(
+    gradients = partitioning.over_explicit_axes(
         run, arguments, canonical.backward_axes(axes, last_state_cotangent), axes._replace(segment_ids=None)
     )
+    # The type of a cotangent is that of its operand.
+    return partitioning.divided_like(gradients, residuals.operands._replace(segment_ids=None))
 
 
 def _of_implementation(native: Any, xla: Any, implementation: str | None, **keywords: Any) -> Callable[..., Any]:

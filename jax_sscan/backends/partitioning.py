@@ -133,9 +133,7 @@ def _on_each_device(call: Call, plan: Plan) -> Function:
     sums_groups = any(over[i] for i in grouped_results)
 
     def own_groups(matrix: jax.Array, axes: str) -> jax.Array:
-        """Those of the groups here that this device's channels read, and wide if they get a summed cotangent."""
-        if sums_groups and jnp.finfo(matrix.dtype).bits < 32:
-            matrix = matrix.astype(jnp.float32)
+        """Those of the groups here that this device's channels read."""
         channels = plan.mesh_axes.get("dim", ())
         beyond = channels[len(plan.mesh_axes["group"]) :]
         axis = axes.split().index("group")
@@ -150,14 +148,16 @@ def _on_each_device(call: Call, plan: Plan) -> Function:
         return jnp.take(matrix, indices, axis=axis, mode="clip", indices_are_sorted=True)
 
     def local(*arguments: jax.Array) -> tuple[jax.Array, ...]:
-        own = list(arguments)
+        arguments = vary(arguments, varying_axes(arguments))
+        own, transposes = list(arguments), []
         for i in grouped:
-            own[i] = own_groups(arguments[i], call.argument_axes[i])
+            # A cotangent has its argument's dtype: wide until the sum over devices has been taken.
+            is_narrow = sums_groups and jnp.finfo(arguments[i].dtype).bits < 32
+            matrix = arguments[i].astype(jnp.float32) if is_narrow else arguments[i]
+            own[i], transpose = jax.vjp(lambda x, i=i: own_groups(x, call.argument_axes[i]), matrix)
+            transposes.append(transpose)
         results = list(call.function(*own))
-        for i, j in zip(grouped, grouped_results, strict=False):
-            # Wide until the sum over devices has been taken.
-            like = jax.ShapeDtypeStruct(arguments[i].shape, results[j].dtype)
-            transpose = jax.linear_transpose(lambda x, i=i: own_groups(x, call.argument_axes[i]), like)
+        for j, transpose in zip(grouped_results, transposes, strict=False):
             (results[j],) = transpose(results[j])
         results = _all_reduce(results, over)
         for i, j in zip(grouped, grouped_results, strict=False):
@@ -179,6 +179,16 @@ def _all_reduce(partial: Sequence[jax.Array], over: Sequence[MeshAxes]) -> list[
             part, total = total[: partial[i].size], total[partial[i].size :]
             results[i] = part.reshape(partial[i].shape)
     return results
+
+
+def divided_like(arrays: Any, others: Any) -> Any:
+    """``arrays`` with the divisions over explicit mesh axes that ``others`` have in their types."""
+
+    def reshard(x: jax.Array, other: jax.Array) -> jax.Array:
+        sharding = jax.typeof(other).sharding
+        return jax.sharding.reshard(x, sharding) if sharding.mesh.explicit_axes else x
+
+    return jax.tree.map(reshard, arrays, others)
 
 
 def over_auto_axes(call: Call, *arguments: jax.Array) -> tuple[jax.Array, ...]:
@@ -283,6 +293,5 @@ def over_explicit_axes(function: Function, arguments: Any, argument_axes: Any, r
         in_specs=in_specs,
         out_specs=out_specs,
         axis_names=set(shape),
-        check_vma=False,
     )
     return result_tree.unflatten(divided(*leaves))
