@@ -17,6 +17,9 @@ import pytest
 
 import jax_sscan
 
+# Tests of many devices run on virtual ones; all others use the first of them.
+jax.config.update("jax_num_cpu_devices", 8)
+
 # Compiling takes seconds, and the `implementation` fixture, which holds no state that an example
 # could change, is set up once for all examples.
 CHECKS = [

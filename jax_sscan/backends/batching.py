@@ -39,14 +39,17 @@ def call(
     axes = jax.tree.leaves(argument_axes)
     is_weight = [not _has_batch(names) for names in axes]
     result_leaves, result_tree = jax.tree.flatten(result_axes)
-    instances = math.prod(lanes.sizes) if lanes.on_weights else 1
 
     def flat(*leaves: jax.Array) -> tuple[jax.Array, ...]:
+        # Of the lanes, too, a device may have a part.
+        sizes = leaves[is_weight.index(False)].shape[: len(lanes.sizes)]
+        instances = math.prod(sizes) if lanes.on_weights else 1
         folded = [
-            x if weight and not lanes.on_weights else _fold(x, lanes) for x, weight in zip(leaves, is_weight, strict=True)
+            x if weight and not lanes.on_weights else _fold(x, len(sizes))
+            for x, weight in zip(leaves, is_weight, strict=True)
         ]
         results = result_tree.flatten_up_to(kernel(*tree.unflatten(folded), instances))
-        return tuple(_unfold(x, lanes) for x in results)
+        return tuple(_unfold(x, sizes) for x in results)
 
     def with_lanes(names: str, mapped: bool) -> str:
         return " ".join([*(f"lane{i}" for i in range(len(lanes.sizes)) if mapped), names])
@@ -61,7 +64,7 @@ def call(
 
     @jax.custom_batching.custom_vmap
     def run(*leaves: jax.Array) -> Any:
-        return partitioning.over_auto_axes(partitioned, *leaves)
+        return partitioning.divided(partitioned, *leaves)
 
     @run.def_vmap
     def _(axis_size: int, batched: list[bool], *leaves: jax.Array) -> Any:
@@ -99,12 +102,11 @@ def _with_lanes(x: jax.Array, mapped: bool, without_lanes: bool, lanes: Lanes, a
     return jnp.broadcast_to(x, (axis_size, *lanes.sizes, *own))
 
 
-def _fold(x: jax.Array, lanes: Lanes) -> jax.Array:
+def _fold(x: jax.Array, lanes: int) -> jax.Array:
     """Makes the lanes the outermost part of the batch, or of the rows of weights."""
-    count = len(lanes.sizes)
-    return x.reshape(math.prod(x.shape[: count + 1]), *x.shape[count + 1 :])
+    return x.reshape(math.prod(x.shape[: lanes + 1]), *x.shape[lanes + 1 :])
 
 
-def _unfold(x: jax.Array, lanes: Lanes) -> jax.Array:
+def _unfold(x: jax.Array, sizes: tuple[int, ...]) -> jax.Array:
     """Undoes `_fold`."""
-    return x.reshape(*lanes.sizes, x.shape[0] // math.prod(lanes.sizes), *x.shape[1:])
+    return x.reshape(*sizes, x.shape[0] // math.prod(sizes), *x.shape[1:])

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 WHOLE = ("length", "dstate", "chunk")
 """Axes that a kernel needs whole."""
@@ -191,11 +191,18 @@ def divided_like(arrays: Any, others: Any) -> Any:
     return jax.tree.map(reshard, arrays, others)
 
 
-def over_auto_axes(call: Call, *arguments: jax.Array) -> tuple[jax.Array, ...]:
-    """Runs ``call`` so that XLA's partitioner divides it as its operands and results are divided."""
+def divided(call: Call, *arguments: jax.Array) -> tuple[jax.Array, ...]:
+    """Runs ``call`` on as many devices as its arguments are divided among, however JAX keeps track of that."""
     if jax.sharding.get_abstract_mesh().manual_axes:
         # Inside `jax.shard_map` the arrays are one device's already.
         return vary(tuple(call.function(*arguments)), varying_axes(arguments))
+    if _explicit_mesh(arguments) is not None:
+        return _over_explicit_axes(call, *arguments)
+    return _over_auto_axes(call, *arguments)
+
+
+def _over_auto_axes(call: Call, *arguments: jax.Array) -> tuple[jax.Array, ...]:
+    """Runs ``call`` so that XLA's partitioner divides it as its operands and results are divided."""
 
     def partition(mesh: Mesh, argument_shapes: Any, result_shapes: Any) -> Any:
         shapes = [*argument_shapes, *result_shapes]
@@ -224,11 +231,12 @@ def over_auto_axes(call: Call, *arguments: jax.Array) -> tuple[jax.Array, ...]:
 
 def _spec(x: jax.ShapeDtypeStruct, mesh: Mesh) -> list[MeshAxes]:
     """For each axis of ``x`` the axes of ``mesh`` that divide it; none where its division is not along whole ones."""
-    indices = x.sharding.devices_indices_map(x.shape)
+    # Of an array that all tilings of the mesh divide: XLA pads others, and JAX would not say where.
+    indices = x.sharding.devices_indices_map((mesh.size,) * len(x.shape))
     starts = np.array([[s.start or 0 for s in indices[device]] for device in mesh.devices.flat])
     starts = starts.reshape(*mesh.devices.shape, len(x.shape))
     spec = []
-    for axis, size in enumerate(x.shape):
+    for axis in range(len(x.shape)):
         # How far one step along each mesh axis moves the part of a device.
         strides = {}
         for i, name in enumerate(mesh.axis_names):
@@ -237,7 +245,7 @@ def _spec(x: jax.ShapeDtypeStruct, mesh: Mesh) -> list[MeshAxes]:
                 strides[name] = int(along[1] - along[0])
         mesh_axes = tuple(sorted(strides, key=lambda name: -strides[name]))
         parts = math.prod(mesh.shape[name] for name in mesh_axes)
-        whole = size % parts == 0 and len(np.unique(starts[..., axis])) == parts
+        whole = len(np.unique(starts[..., axis])) == parts
         spec.append(mesh_axes if whole else ())
     return spec
 
@@ -273,8 +281,7 @@ def over_explicit_axes(function: Function, arguments: Any, argument_axes: Any, r
         result_axes: the tree of the results with the names of the axes.
     """
     leaves, tree = jax.tree.flatten(arguments)
-    mesh = next((m for x in leaves if (m := jax.typeof(x).sharding.mesh).explicit_axes), None)
-    if mesh is None:
+    if _explicit_mesh(leaves) is None:
         return function(*arguments)
     result_leaves, result_tree = jax.tree.flatten(result_axes)
 
@@ -282,16 +289,30 @@ def over_explicit_axes(function: Function, arguments: Any, argument_axes: Any, r
         return result_tree.flatten_up_to(function(*tree.unflatten(leaves)))
 
     call = Call(flat, tuple(jax.tree.leaves(argument_axes)), tuple(result_leaves))
+    return result_tree.unflatten(_over_explicit_axes(call, *leaves))
+
+
+def _explicit_mesh(arrays: Sequence[jax.Array]) -> AbstractMesh | None:
+    return next((mesh for x in arrays if (mesh := jax.typeof(x).sharding.mesh).explicit_axes), None)
+
+
+def _over_explicit_axes(call: Call, *arguments: jax.Array) -> tuple[jax.Array, ...]:
+    mesh = _explicit_mesh(arguments)
+    assert mesh is not None
     shape = {axis: size for axis, size in mesh.shape.items() if axis in mesh.explicit_axes}
-    plan = _plan(call, leaves, [jax.typeof(x).sharding.spec for x in leaves], shape)
+    plan = _plan(call, arguments, [jax.typeof(x).sharding.spec for x in arguments], shape)
     in_specs = tuple(plan.spec(axes) for axes in call.argument_axes)
-    out_specs = tuple(plan.spec(axes) for axes in call.result_axes)
-    leaves = [jax.sharding.reshard(x, NamedSharding(mesh, spec)) for x, spec in zip(leaves, in_specs, strict=True)]
-    divided = jax.shard_map(
+    arguments = tuple(
+        jax.sharding.reshard(x, NamedSharding(mesh, spec)) for x, spec in zip(arguments, in_specs, strict=True)
+    )
+    # Only axes in use: `jax.vmap` hides from what it maps those that divide the mapped axis.
+    used = {axis for mesh_axes in plan.mesh_axes.values() for axis in mesh_axes}
+    if not used:
+        return tuple(call.function(*arguments))
+    return jax.shard_map(
         _on_each_device(call, plan),
         mesh=mesh,
         in_specs=in_specs,
-        out_specs=out_specs,
-        axis_names=set(shape),
-    )
-    return result_tree.unflatten(divided(*leaves))
+        out_specs=tuple(plan.spec(axes) for axes in call.result_axes),
+        axis_names=used,
+    )(*arguments)
