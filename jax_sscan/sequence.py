@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from jax_sscan import backends, canonical
+from jax_sscan import backends
 from jax_sscan.canonical import RESIDUAL_NAMES, Operands, Options, Residuals
 
 
@@ -77,9 +77,8 @@ def run(
 ) -> tuple[jax.Array, jax.Array | None]:
     """The scan of a sequence of which each device of ``axis_name`` has a part, in order; see `selective_scan`."""
     if operands.initial_state is None:
-        size = canonical.sizes(operands, options.layout)
-        state = jnp.zeros_like(operands.u, shape=(size.batch, size.dim, size.dstate), dtype=operands.A.dtype)
-        operands = operands._replace(initial_state=state)
+        # Like what has a state's shape and is divided as it is.
+        operands = operands._replace(initial_state=jnp.zeros_like(_decay(operands, options)))
     if implementation == "xla":
         # Differentiated by JAX itself, exchange and all.
         out, last_state, _, _ = _forward(operands, options, False, implementation, axis_name)
