@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jax_sscan import backends, canonical, checks, sequence
+from jax_sscan import backends, canonical, checks, linear, sequence
 from jax_sscan.backends import partitioning
 from jax_sscan.canonical import RESIDUAL_NAMES, Layout, Operands, Options, Residuals
 
@@ -275,29 +275,36 @@ def _run(
     return _scan(operands, options, implementation)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+@partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def _scan(operands: Operands, options: Options, implementation: str | None) -> tuple[jax.Array, jax.Array | None]:
     return backends.forward(operands, options, False, implementation)[:2]
 
 
-def _scan_fwd(
-    operands: Operands, options: Options, implementation: str | None
-) -> tuple[tuple[jax.Array, jax.Array | None], Residuals]:
+@_scan.defjvp
+def _scan_jvp(
+    options: Options, implementation: str | None, primals: tuple[Operands], tangents: tuple[Operands]
+) -> tuple[tuple[jax.Array, jax.Array | None], Any]:
+    """Reverse mode runs the backward kernel, forward mode pure JAX."""
+    (operands,), (tangent,) = primals, tangents
     out, last_state, states = backends.forward(operands, options, True, implementation)
     out = checkpoint_name(out, RESIDUAL_NAMES[0])
     states = checkpoint_name(states, RESIDUAL_NAMES[1])
-    return (out, last_state), Residuals(operands, states)
+
+    def push(residuals: Residuals, tangent: Operands) -> tuple[jax.Array, jax.Array | None]:
+        ids = residuals.operands.segment_ids
+
+        def forward(operands: Operands) -> tuple[jax.Array, jax.Array | None]:
+            return backends.forward(operands._replace(segment_ids=ids), options, False, "xla")[:2]
+
+        return jax.jvp(forward, (residuals.operands._replace(segment_ids=None),), (tangent,))[1]
+
+    def pull(residuals: Residuals, cotangents: tuple[jax.Array, jax.Array | None]) -> Operands:
+        return backends.backward(residuals, *cotangents, options, implementation)
+
+    results = out, last_state
+    tangent = tangent._replace(segment_ids=None)
+    return results, linear.call(push, pull, Residuals(operands, states), tangent, results)
 
 
-def _scan_bwd(
-    options: Options,
-    implementation: str | None,
-    residuals: Residuals,
-    cotangents: tuple[jax.Array, jax.Array | None],
-) -> tuple[Operands]:
-    return (backends.backward(residuals, *cotangents, options, implementation),)
-
-
-_scan.defvjp(_scan_fwd, _scan_bwd)
 _jitted_forward = jax.jit(backends.forward, static_argnames=("options", "save_states", "implementation"))
 _jitted_backward = jax.jit(backends.backward, static_argnames=("options", "implementation"))

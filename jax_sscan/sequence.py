@@ -9,21 +9,22 @@ same from the other end: the cotangent of what leaves a part becomes that of wha
 Each pass costs one more run of the forward kernel, which finds ``state`` or ``cotangent``.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from jax_sscan import backends
+from jax_sscan import backends, linear
 from jax_sscan.canonical import RESIDUAL_NAMES, Operands, Options, Residuals
 
 
-class Part(NamedTuple):
-    """Where a device stands, in processing order: static but for the index.
+@dataclass(frozen=True)
+class Part:
+    """Where a device stands, in processing order.
 
     Attributes:
         axis_name: the mesh axis.
@@ -81,35 +82,65 @@ def run(
         operands = operands._replace(initial_state=jnp.zeros_like(_decay(operands, options)))
     if implementation == "xla":
         # Differentiated by JAX itself, exchange and all.
-        out, last_state, _, _ = _forward(operands, options, False, implementation, axis_name)
+        out, last_state = _forward(operands, options, False, implementation, axis_name)[:2]
     else:
-        out, last_state = _scan(operands, options, implementation, axis_name)
+        results: Any = _scan(operands, options, implementation, axis_name)
+        out, last_state = results
     return out, None if last_state is None else from_last(last_state, part(axis_name, options.reverse))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+@partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
 def _scan(
     operands: Operands, options: Options, implementation: str | None, axis_name: str
 ) -> tuple[jax.Array, jax.Array | None]:
     return _forward(operands, options, False, implementation, axis_name)[:2]
 
 
-def _scan_fwd(operands: Operands, options: Options, implementation: str | None, axis_name: str) -> Any:
+@_scan.defjvp
+def _scan_jvp(
+    options: Options,
+    implementation: str | None,
+    axis_name: str,
+    primals: tuple[Operands],
+    tangents: tuple[Operands],
+) -> tuple[tuple[jax.Array, jax.Array | None], Any]:
+    """As that of `jax_sscan.scan`."""
+    (operands,), (tangent,) = primals, tangents
     out, last_state, residuals, decay = _forward(operands, options, True, implementation, axis_name)
     out = checkpoint_name(out, RESIDUAL_NAMES[0])
-    entry, states, decay = (
+    entering, states, decay = (
         checkpoint_name(x, RESIDUAL_NAMES[1]) for x in (residuals.operands.initial_state, residuals.states, decay)
     )
-    operands = residuals.operands._replace(initial_state=entry)
-    return (out, last_state), (Residuals(operands, states), decay)
+    saved = Residuals(operands._replace(initial_state=entering), states), decay, operands.initial_state
+
+    def push(saved: Any, tangent: Operands) -> tuple[jax.Array, jax.Array | None]:
+        residuals, _, initial_state = saved
+        operands = residuals.operands._replace(initial_state=initial_state, segment_ids=None)
+
+        def forward(operands: Operands) -> tuple[jax.Array, jax.Array | None]:
+            operands = operands._replace(segment_ids=residuals.operands.segment_ids)
+            return _forward(operands, options, False, "xla", axis_name)[:2]
+
+        return jax.jvp(forward, (operands,), (tangent,))[1]
+
+    def pull(saved: Any, cotangents: tuple[jax.Array, jax.Array | None]) -> Operands:
+        residuals, decay, _ = saved
+        return _backward(residuals, decay, *cotangents, options, implementation, axis_name)
+
+    results = out, last_state
+    return results, linear.call(push, pull, saved, tangent._replace(segment_ids=None), results)
 
 
-def _scan_bwd(
-    options: Options, implementation: str | None, axis_name: str, saved: tuple[Residuals, jax.Array], cotangents: Any
-) -> tuple[Operands]:
-    residuals, decay = saved
+def _backward(
+    residuals: Residuals,
+    decay: jax.Array,
+    out_cotangent: jax.Array,
+    last_state_cotangent: jax.Array | None,
+    options: Options,
+    implementation: str | None,
+    axis_name: str,
+) -> Operands:
     operands = residuals.operands
-    out_cotangent, last_state_cotangent = cotangents
     here = part(axis_name, not options.reverse)
     if last_state_cotangent is None:
         last_state_cotangent = jnp.zeros_like(operands.initial_state)
@@ -119,11 +150,7 @@ def _scan_bwd(
     leaving_cotangent = _entering(decay, entry_cotangent, last_state_cotangent, here, operands.segment_ids is not None)
     gradients = backends.backward(residuals, out_cotangent, leaving_cotangent, options, implementation)
     # Only the first device's part begins with the caller's initial state.
-    entry_cotangent = jnp.where(here.is_last(), gradients.initial_state, 0)
-    return (gradients._replace(initial_state=entry_cotangent),)
-
-
-_scan.defvjp(_scan_fwd, _scan_bwd)
+    return gradients._replace(initial_state=jnp.where(here.is_last(), gradients.initial_state, 0))
 
 
 def _forward(
@@ -136,7 +163,7 @@ def _forward(
     # All that the output needs is left out.
     state_only = operands._replace(D=None, z=None, initial_state=None)
     _, state, _ = backends.forward(state_only, replace(options, last_state=True), False, implementation)
-    entering = _entering(decay, state, operands.initial_state, here, operands.segment_ids is not None)
+    entering = _entering(decay, cast(jax.Array, state), operands.initial_state, here, operands.segment_ids is not None)
     operands = operands._replace(initial_state=jnp.where(continues, entering, 0))
     out, last_state, states = backends.forward(operands, options, save_states, implementation)
     return out, last_state, Residuals(operands, states), decay
@@ -226,7 +253,7 @@ def _entry_cotangent(
         options, delta_softplus=False, reverse=not options.reverse, last_state=True, out_dtype=jnp.dtype(real)
     )
     _, state, _ = backends.forward(adjoint, backwards, False, implementation)
-    return jnp.exp(first_delta[..., None] * operands.A) * state
+    return jnp.exp(first_delta[..., None] * operands.A) * cast(jax.Array, state)
 
 
 _SMALL_STEP = 1e-20

@@ -59,9 +59,7 @@ def axes_of(name: str, x: Any, layout: str) -> str:
 
 def specs_of(inputs: dict[str, Any], layout: str, **divided: Any) -> dict[str, PartitionSpec]:
     """A spec for each input, from the mesh axes that divide each of the letters of `axes_of`."""
-    return {
-        name: P(*(divided.get(letter) for letter in axes_of(name, x, layout))) for name, x in inputs.items()
-    }
+    return {name: P(*(divided.get(letter) for letter in axes_of(name, x, layout))) for name, x in inputs.items()}
 
 
 def put(inputs: dict[str, Any], mesh: jax.sharding.Mesh, specs: dict[str, Any]) -> dict[str, jax.Array]:

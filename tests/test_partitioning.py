@@ -141,7 +141,9 @@ def test_sizes_that_no_axis_divides() -> None:
         return scan_of(case, None)({**inputs, "u": u})
 
     arrays = put(inputs, mesh, dict.fromkeys(inputs, P()))
-    for got, wanted in zip(jit(scan)(arrays), jit(scan_of(case, None))({**inputs, "u": jnp.sin(inputs["u"])}), strict=True):
+    for got, wanted in zip(
+        jit(scan)(arrays), jit(scan_of(case, None))({**inputs, "u": jnp.sin(inputs["u"])}), strict=True
+    ):
         assert_close(got, wanted, "result")
 
 
@@ -152,7 +154,9 @@ def test_vmap_on_many_devices(mapped: str, kind: Any) -> None:
     case = Case("lanes", batch=2, dim=4, length=9, **MAMBA)
     inputs, _ = case_inputs(case)
     names = ("u", "delta", "z") if mapped == "data" else tuple(inputs)
-    stacked = {name: jnp.stack([x * (1 + 0.1 * i) for i in range(8)]) if name in names else x for name, x in inputs.items()}
+    stacked = {
+        name: jnp.stack([x * (1 + 0.1 * i) for i in range(8)]) if name in names else x for name, x in inputs.items()
+    }
     in_axes = ({name: 0 if name in names else None for name in inputs},)
     scan = jax.vmap(scan_of(case, None), in_axes)
     mesh = mesh_of(kind, x=8)

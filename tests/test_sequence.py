@@ -85,7 +85,7 @@ def test_every_implementation(check_vma: bool, implementation: str | None) -> No
     check_against_one_device(case, implementation, mesh_of(b=2, s=4), check_vma=check_vma)
 
 
-def test_forward_mode() -> None:
+def test_forward_mode(implementation: str | None) -> None:
     case = Case("jvp", length=16, dim=3, **EVERYTHING)
     inputs, _ = case_inputs(case)
     rest = {"segment_ids": inputs.pop("segment_ids")}
@@ -94,7 +94,7 @@ def test_forward_mode() -> None:
     def push(scan: Any) -> Any:
         return jit(lambda x, t: jax.jvp(lambda x: scan({**x, **rest}), (x,), (t,)))(inputs, tangents)
 
-    got = push(divided(case, "xla", mesh_of(s=8), inputs | rest))
+    got = push(divided(case, implementation, mesh_of(s=8), inputs | rest))
     jax.tree.map(lambda x, y: assert_close(x, y, "jvp", 5e-6), got, push(scan_of(case, "xla")))
 
 
@@ -158,7 +158,16 @@ def test_steps_of_zero() -> None:
 
 def test_float64() -> None:
     case = Case(
-        "double", length=24, dim=3, x64=True, u_dtype=F64, delta_dtype=F64, z_dtype=F64, B_dtype=F64, C_dtype=F64, **EVERYTHING
+        "double",
+        length=24,
+        dim=3,
+        x64=True,
+        u_dtype=F64,
+        delta_dtype=F64,
+        z_dtype=F64,
+        B_dtype=F64,
+        C_dtype=F64,
+        **EVERYTHING,
     )
     with x64():
         inputs, cotangents = case_inputs(case)

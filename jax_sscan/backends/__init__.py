@@ -106,9 +106,8 @@ def forward(
     keywords: dict[str, Any] = {"options": options, "save_states": save_states}
     run = _of_implementation(native.forward, xla.forward, implementation, **keywords)
     axes = canonical.axes(operands, options.layout)
-    return partitioning.over_explicit_axes(
-        run, (operands,), (axes,), canonical.result_axes(axes, options, save_states)
-    )
+    result_axes = canonical.result_axes(axes, options, save_states)
+    return partitioning.over_explicit_axes(run, (operands,), (axes,), result_axes)
 
 
 def backward(
@@ -130,11 +129,20 @@ def backward(
 
 
 def _of_implementation(native: Any, xla: Any, implementation: str | None, **keywords: Any) -> Callable[..., Any]:
-    """Which of the two functions ``implementation`` means; for None a choice that lowering makes."""
-    if implementation is not None:
-        return partial(xla if implementation == "xla" else native, **keywords)
-    branches = {platform: partial(native, **keywords) for platform in _native_platforms()}
-    return partial(jax.lax.platform_dependent, default=partial(xla, **keywords), **branches)
+    """Which of the two functions ``implementation`` means; for None a choice that lowering makes.
+
+    Kernels have no derivatives but through `jax_sscan.scan`, which needs those of second order: all have those of "xla".
+    """
+    pure = partial(xla, **keywords)
+    if implementation == "xla":
+        return pure
+    if implementation is None:
+        branches = {platform: partial(native, **keywords) for platform in _native_platforms()}
+        run = jax.custom_jvp(partial(jax.lax.platform_dependent, default=pure, **branches))
+    else:
+        run = jax.custom_jvp(partial(native, **keywords))
+    run.defjvp(partial(jax.jvp, pure))
+    return run
 
 
 def _native_platforms() -> list[str]:

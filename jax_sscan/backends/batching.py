@@ -56,9 +56,7 @@ def call(
 
     partitioned = partitioning.Call(
         flat,
-        tuple(
-            with_lanes(names, lanes.on_weights or not weight) for names, weight in zip(axes, is_weight, strict=True)
-        ),
+        tuple(with_lanes(names, lanes.on_weights or not weight) for names, weight in zip(axes, is_weight, strict=True)),
         tuple(with_lanes(names, True) for names in result_leaves),
     )
 
