@@ -42,8 +42,8 @@ def causal_conv1d(
         activation: None or "silu".
         return_final_state: whether to return the state that continues the sequence as well.
         layout: "bdl" or "bld".
-        axis_name: inside `jax.shard_map`, the mesh axis over which the sequence is divided, as in `selective_scan`. Each
-            device needs at least width - 1 positions, the last of which its neighbour gets.
+        axis_name: inside `jax.shard_map`, the mesh axis over which the sequence is divided, as in `selective_scan`.
+            Each device needs at least width - 1 positions, the last of which its neighbour gets.
 
     Returns:
         The output, of x's shape and dtype, or ``(out, final_state)``. final_state, (batch, dim, width - 1), holds the
@@ -86,7 +86,7 @@ def _entering(
     here: sequence.Part,
     layout: Layout,
 ) -> jax.Array:
-    """The initial state of this device's part: the last inputs of the part before it, as far as their segment goes on."""
+    """The initial state of this device's part: the last inputs of the one before it, where their segment goes on."""
     past = weight.shape[1] - 1
     time = 1 if layout == "bld" else 2
     length = x.shape[time]

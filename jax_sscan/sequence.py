@@ -1,10 +1,10 @@
 """Sequence parallelism: the length divided over a mesh axis inside `jax.shard_map`.
 
-A part of a sequence maps the state that enters it to the one that leaves it, h -> decay h + state, by channel and state:
+A part of a sequence maps the state that enters it to the one that leaves it, h -> decay h + state, element by element:
 decay = exp(A sum of delta), and ``state`` is what leaves it when nothing enters. One all-gather of these two tells each
 device what enters its part, whatever the length; then the kernel runs on the part from there. The backward pass is the
 same from the other end: the cotangent of what leaves a part becomes that of what enters it, g -> decay g + cotangent
-(docs/derivation.md). Both kernels see exact states and cotangents at their borders, so that gradients need no more.
+(docs/parallelism.md). Both kernels see exact states and cotangents at their borders, so that gradients need no more.
 
 Each pass costs one more run of the forward kernel, which finds ``state`` or ``cotangent``.
 """
@@ -39,9 +39,11 @@ class Part:
     reverse: bool
 
     def is_first(self) -> jax.Array:
+        """Whether the sequence begins here."""
         return self.index == 0
 
     def is_last(self) -> jax.Array:
+        """Whether the sequence ends here."""
         return self.index == self.count - 1
 
 
@@ -226,8 +228,8 @@ def _entry_cotangent(
 ) -> jax.Array:
     """The cotangent of the state that enters this part, of its own output alone: (batch, dim, dstate).
 
-    With y's cotangent g_y it is sum_t exp(A (delta_0 + ... + delta_t)) C_t g_y,t: but for the first decay, the last state
-    of a scan from the other end with C in the place of B and delta one step ahead.
+    With y's cotangent g_y it is sum_t exp(A (delta_0 + ... + delta_t)) C_t g_y,t: but for the first decay, the last
+    state of a scan from the other end with C in the place of B and delta one step ahead.
     """
     wide = operands.A.dtype
     real = jnp.finfo(wide).dtype

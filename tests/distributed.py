@@ -1,4 +1,4 @@
-"""What the tests with many devices share: meshes, how inputs are divided, and what the compiled program communicates."""
+"""What tests with many devices share: meshes, how inputs are divided, and what a compiled program communicates."""
 
 from __future__ import annotations
 

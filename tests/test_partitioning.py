@@ -59,8 +59,8 @@ DIVISIONS = [
 @pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
 @pytest.mark.parametrize(("case", "axes", "divided", "all_reduces"), DIVISIONS)
 def test_divided_scan(case: Case, axes: Any, divided: Any, all_reduces: int, kind: Any) -> None:
-    """No collective in the forward pass; in the backward pass the all-reduces that mathematics asks for; the results and
-    gradients of one device, divided as the operands are."""
+    """No collective in the forward pass; in the backward pass the all-reduces that mathematics asks for; the results
+    and gradients of one device, divided as the operands are."""
     inputs, cotangents = case_inputs(case)
     scan = scan_of(case, None)
     gradients = gradients_of(scan)
@@ -141,9 +141,8 @@ def test_sizes_that_no_axis_divides() -> None:
         return scan_of(case, None)({**inputs, "u": u})
 
     arrays = put(inputs, mesh, dict.fromkeys(inputs, P()))
-    for got, wanted in zip(
-        jit(scan)(arrays), jit(scan_of(case, None))({**inputs, "u": jnp.sin(inputs["u"])}), strict=True
-    ):
+    expected = jit(scan_of(case, None))({**inputs, "u": jnp.sin(inputs["u"])})
+    for got, wanted in zip(jit(scan)(arrays), expected, strict=True):
         assert_close(got, wanted, "result")
 
 
@@ -154,9 +153,8 @@ def test_vmap_on_many_devices(mapped: str, kind: Any) -> None:
     case = Case("lanes", batch=2, dim=4, length=9, **MAMBA)
     inputs, _ = case_inputs(case)
     names = ("u", "delta", "z") if mapped == "data" else tuple(inputs)
-    stacked = {
-        name: jnp.stack([x * (1 + 0.1 * i) for i in range(8)]) if name in names else x for name, x in inputs.items()
-    }
+    lanes = {name: jnp.stack([inputs[name] * (1 + 0.1 * i) for i in range(8)]) for name in names}
+    stacked = {**inputs, **lanes}
     in_axes = ({name: 0 if name in names else None for name in inputs},)
     scan = jax.vmap(scan_of(case, None), in_axes)
     mesh = mesh_of(kind, x=8)

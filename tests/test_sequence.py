@@ -38,6 +38,8 @@ CASES = [
     Case("bf16", length=40, dim=4, u_dtype=BF16, z_dtype=BF16, layout="bld", **MAMBA),
 ]
 
+WIDE: dict[str, Any] = {f"{name}_dtype": F64 for name in ("u", "delta", "z", "B", "C")}
+
 
 def divided(case: Case, implementation: str | None, mesh: Any, inputs: Any, **options: Any) -> Any:
     """The scan of a case with its length divided over the mesh axis "s" and its batch over "b"."""
@@ -157,18 +159,7 @@ def test_steps_of_zero() -> None:
 
 
 def test_float64() -> None:
-    case = Case(
-        "double",
-        length=24,
-        dim=3,
-        x64=True,
-        u_dtype=F64,
-        delta_dtype=F64,
-        z_dtype=F64,
-        B_dtype=F64,
-        C_dtype=F64,
-        **EVERYTHING,
-    )
+    case = Case("double", length=24, dim=3, x64=True, **WIDE, **EVERYTHING)
     with x64():
         inputs, cotangents = case_inputs(case)
         got = jit(gradients_of(divided(case, None, mesh_of(s=8), inputs)))(inputs, cotangents)
@@ -181,8 +172,7 @@ def test_a_million_steps() -> None:
 
     In float64, where rounding a million decays close to 1 leaves digits to compare.
     """
-    wide = {f"{name}_dtype": F64 for name in ("u", "delta", "z", "B", "C")}
-    case = Case("long", batch=1, dim=2, dstate=2, length=1 << 20, x64=True, **wide, **MAMBA)
+    case = Case("long", batch=1, dim=2, dstate=2, length=1 << 20, x64=True, **WIDE, **MAMBA)
     with x64():
         inputs, cotangents = case_inputs(case)
         inputs["A"] = -jnp.array([[1e-6, 1e-3], [1.0, 30.0]])

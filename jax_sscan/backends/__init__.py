@@ -131,7 +131,7 @@ def backward(
 def _of_implementation(native: Any, xla: Any, implementation: str | None, **keywords: Any) -> Callable[..., Any]:
     """Which of the two functions ``implementation`` means; for None a choice that lowering makes.
 
-    Kernels have no derivatives but through `jax_sscan.scan`, which needs those of second order: all have those of "xla".
+    A kernel is a derivative at most; for derivatives of it, of second order and above, it stands in for "xla".
     """
     pure = partial(xla, **keywords)
     if implementation == "xla":

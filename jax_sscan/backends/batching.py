@@ -22,8 +22,11 @@ class Lanes(NamedTuple):
     on_weights: bool = False
 
 
+NO_LANES = Lanes()
+
+
 def call(
-    kernel: Callable[..., Any], arguments: Any, argument_axes: Any, result_axes: Any, lanes: Lanes = Lanes()
+    kernel: Callable[..., Any], arguments: Any, argument_axes: Any, result_axes: Any, lanes: Lanes = NO_LANES
 ) -> Any:
     """Calls a kernel with a rule for `jax.vmap` around it and one for many devices.
 

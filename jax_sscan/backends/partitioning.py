@@ -62,6 +62,7 @@ class Call:
     result_axes: tuple[str, ...]
 
     def all_axes(self) -> tuple[str, ...]:
+        """The axes of the arguments, then of the results."""
         return self.argument_axes + self.result_axes
 
 
@@ -80,9 +81,11 @@ class Plan:
     sizes: dict[str, int]
 
     def spec(self, axes: str) -> PartitionSpec:
+        """How an array with these axes is divided."""
         return PartitionSpec(*(self.mesh_axes.get(name) or None for name in axes.split()))
 
     def shards(self, mesh_axes: MeshAxes) -> int:
+        """Into how many parts ``mesh_axes`` divide."""
         return math.prod(self.shape[axis] for axis in mesh_axes)
 
     def partial_over(self, axes: str) -> MeshAxes:
