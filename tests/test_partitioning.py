@@ -150,6 +150,8 @@ def test_sizes_that_no_axis_divides() -> None:
 @pytest.mark.parametrize("mapped", ["data", "everything"])
 def test_vmap_on_many_devices(mapped: str, kind: Any) -> None:
     """A mapped axis that is divided among devices stays so; shared weights are not copied."""
+    if kind == EXPLICIT and jax.__version_info__ < (0, 10):
+        pytest.skip("JAX 0.9 forbids batching rules a shard_map over the mapped axis")
     case = Case("lanes", batch=2, dim=4, length=9, **MAMBA)
     inputs, _ = case_inputs(case)
     names = ("u", "delta", "z") if mapped == "data" else tuple(inputs)

@@ -224,8 +224,10 @@ def _over_auto_axes(call: Call, *arguments: jax.Array) -> tuple[jax.Array, ...]:
     def run(*arguments: jax.Array) -> tuple[jax.Array, ...]:
         return tuple(call.function(*arguments))
 
+    shapes = [x.shape for x in arguments]
+
     def sharding_rule(mesh: Mesh, *_: Any) -> tuple[str, dict[str, Any]]:
-        return _sharding_rule(call, arguments, mesh)
+        return _sharding_rule(call, shapes, mesh)
 
     # JAX cannot decode what Shardy makes of a mesh axis that divides groups and, within them, channels.
     run.def_partition(partition, sharding_rule=sharding_rule, decode_shardings=False)
@@ -253,12 +255,12 @@ def _spec(x: jax.ShapeDtypeStruct, mesh: Mesh) -> list[MeshAxes]:
     return spec
 
 
-def _sharding_rule(call: Call, arguments: Sequence[Any], mesh: Mesh) -> tuple[str, dict[str, Any]]:
+def _sharding_rule(call: Call, shapes: Sequence[tuple[int, ...]], mesh: Mesh) -> tuple[str, dict[str, Any]]:
     """The same description in the language of Shardy, and the sizes of its factors."""
     sizes = {
         name: size
-        for axes, x in zip(call.argument_axes, arguments, strict=True)
-        for name, size in zip(axes.split(), x.shape, strict=True)
+        for axes, shape in zip(call.argument_axes, shapes, strict=True)
+        for name, size in zip(axes.split(), shape, strict=True)
     }
     factors: dict[str, Any] = {"need_replication_factors": tuple(name for name in WHOLE if name in sizes)}
     groups = sizes.get("group", 1)
