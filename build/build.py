@@ -193,7 +193,7 @@ def lint(args, rest):
 
 def bench(args, rest):
     env = Environment(args).need("bench", "models")
-    script = "scaling.py" if args.scaling else "bench.py"
+    script = "scaling.py" if args.scaling else "parallel.py" if args.parallel else "bench.py"
     run(env.python, ROOT / "benchmarks" / script, *rest, cwd=None)
 
 
@@ -246,7 +246,7 @@ COMMANDS = {
     demo: "run examples/demo.py (its options: --steps N, --seed N, --out DIR)",
     test: "run the tests with pytest, on all cores",
     lint: "check with ruff, pyright and clang-format; --fix repairs what can be repaired",
-    bench: "run benchmarks/bench.py, or benchmarks/scaling.py with --scaling",
+    bench: "run benchmarks/bench.py, or scaling.py with --scaling, or parallel.py with --parallel",
     sanitize: "run the CPU kernels under the thread, address and undefined behaviour sanitizers",
     wheel: "build the sdist and the wheel into dist/",
 }
@@ -275,6 +275,7 @@ def main():
             sub.add_argument("--fix", action="store_true", help="repair what can be repaired")
         if function is bench:
             sub.add_argument("--scaling", action="store_true", help="time against dstate, length and threads")
+            sub.add_argument("--parallel", action="store_true", help="time against the number of devices")
     argv = sys.argv[1:]
     cut = argv.index("--") if "--" in argv else len(argv)
     args, rest = parser.parse_known_args(argv[:cut])

@@ -20,8 +20,6 @@ from cases import EVERYTHING, MAMBA, Case
 from checks import jit, x64
 from distributed import P, case_inputs, gradients_of, mesh_of, put, scan_of, specs_of
 
-import jax_sscan
-
 CASE = Case("base", length=21, dim=4, **EVERYTHING)
 KERNELS = ("jax_sscan_forward", "jax_sscan_backward")
 CHECKS = [jax.export.DisabledSafetyCheck.custom_call(name) for name in KERNELS]

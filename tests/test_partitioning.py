@@ -43,6 +43,7 @@ DIVISIONS = [
     pytest.param(BASE, {"x": 8}, {"b": "x"}, 1, id="batch"),
     pytest.param(BASE, {"x": 8}, {"d": "x"}, 1, id="channels"),
     pytest.param(BASE, {"x": 4, "y": 2}, {"b": "x", "d": "y"}, 2, id="batch-channels"),
+    pytest.param(BASE, {"x": 4, "y": 2}, {"b": "x"}, 1, id="an-idle-axis"),
     pytest.param(BLD, {"x": 2, "y": 4}, {"b": "y", "d": "x"}, 2, id="bld-batch-channels"),
     pytest.param(BLD, {"x": 2, "y": 4}, {"b": ("x", "y")}, 1, id="two-axes-for-the-batch"),
     pytest.param(FIXED, {"x": 4, "y": 2}, {"b": "x", "d": "y"}, 1, id="fixed"),
