@@ -1,4 +1,4 @@
-"""The selective scan: checks, canonical form, and the gradient wired to the kernels."""
+"""The selective scan: checks, canonical form, and the derivatives wired to the kernels."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -91,14 +91,14 @@ def selective_scan(
             of u, delta, B, C, z and segment_ids, in order and of one length, and gets its part of the output.
             initial_state (the first device's counts) and last_state (the same on all) are those of the whole sequence.
         implementation: None for the best one of the platform the computation is lowered for, or "cuda", "cpu"
-            (native) or "xla" (pure JAX, which also has forward mode and higher-order derivatives). See
-            `implementations`.
+            (native) or "xla" (pure JAX). See `implementations`.
 
     Returns:
         The output, of u's shape, or ``(out, last_state)`` with last_state (batch, dim, dstate) in the state's dtype.
 
     Raises:
-        ValueError: a shape, a name or the number of groups is wrong, or the implementation cannot run here.
+        ValueError: a shape, a name or the number of groups is wrong, the implementation cannot run here, or axis_name
+            is no axis of a `jax.shard_map` around the call.
         TypeError: a dtype is wrong or something is not an array.
     """
     operands = Operands(u, delta, A, B, C, D, z, delta_bias, initial_state, segment_ids)
@@ -270,7 +270,7 @@ def _run(
     if axis_name is not None:
         return sequence.run(operands, options, implementation, axis_name)
     if implementation == "xla":
-        # Differentiated by JAX itself, so that forward mode and higher orders work.
+        # Differentiated by JAX itself.
         return backends.forward(operands, options, False, implementation)[:2]
     return _scan(operands, options, implementation)
 
