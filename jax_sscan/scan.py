@@ -269,9 +269,6 @@ def _run(
     operands = partitioning.vary(operands, partitioning.varying_axes(operands))
     if axis_name is not None:
         return sequence.run(operands, options, implementation, axis_name)
-    if implementation == "xla":
-        # Differentiated by JAX itself.
-        return backends.forward(operands, options, False, implementation)[:2]
     return _scan(operands, options, implementation)
 
 

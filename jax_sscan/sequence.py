@@ -82,12 +82,8 @@ def run(
     if operands.initial_state is None:
         # Like what has a state's shape and is divided as it is.
         operands = operands._replace(initial_state=jnp.zeros_like(_decay(operands, options)))
-    if implementation == "xla":
-        # Differentiated by JAX itself, exchange and all.
-        out, last_state = _forward(operands, options, False, implementation, axis_name)[:2]
-    else:
-        results: Any = _scan(operands, options, implementation, axis_name)
-        out, last_state = results
+    results: Any = _scan(operands, options, implementation, axis_name)
+    out, last_state = results
     return out, None if last_state is None else from_last(last_state, part(axis_name, options.reverse))
 
 

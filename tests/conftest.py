@@ -86,10 +86,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         params = [
             pytest.param(name, marks=pytest.mark.gpu) if name == "cuda" else name for name in sorted(names | REQUIRED)
         ]
-        if "xla" in default_here():
-            # Naming "xla" means JAX's own derivatives (all orders, both modes); the automatic
-            # choice is a scan with a reverse pass of its own, a path that no name leads to.
-            params.append(pytest.param(None, id="automatic"))
         metafunc.parametrize("implementation", params, indirect=True)
 
 

@@ -416,9 +416,7 @@ def test_checkpoint(implementation: str | None) -> None:
         for name, wanted in expected.items():
             check(gradients[name], wanted, f"gradient of {name}")
     assert counts[1] > counts[0], f"nothing was rematerialised, so nothing is shown: {counts}"
-    # Named "xla", JAX differentiates the scan by itself and finds no name on what it wants to keep.
-    if implementation != "xla":
-        assert counts[2] == counts[0], f"the policy did not spare the second forward: {counts}"
+    assert counts[2] == counts[0], f"the policy did not spare the second forward: {counts}"
 
 
 def test_kernels_in_a_rematerialised_stack(implementation: str | None) -> None:

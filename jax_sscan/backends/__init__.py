@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jax_sscan import canonical
-from jax_sscan.backends import native, partitioning, xla
+from jax_sscan.backends import batching, native, partitioning, xla
 from jax_sscan.canonical import Operands, Options, Residuals, Sizes
 
 NAMES = ("cuda", "cpu", "xla")
@@ -103,11 +103,11 @@ def forward(
     operands: Operands, options: Options, save_states: bool, implementation: str | None
 ) -> tuple[jax.Array, jax.Array | None, Any]:
     """Runs the forward pass of ``implementation``, or of the best one for the platform it is lowered for."""
-    keywords: dict[str, Any] = {"options": options, "save_states": save_states}
-    run = _of_implementation(native.forward, xla.forward, implementation, **keywords)
     axes = canonical.axes(operands, options.layout)
     result_axes = canonical.result_axes(axes, options, save_states)
-    return partitioning.over_explicit_axes(run, (operands,), (axes,), result_axes)
+    keywords: dict[str, Any] = {"options": options, "save_states": save_states}
+    kernels = partial(native.forward, **keywords), partial(xla.forward, **keywords)
+    return _run(*kernels, implementation, (operands,), (axes,), result_axes)
 
 
 def backward(
@@ -118,31 +118,50 @@ def backward(
     implementation: str | None,
 ) -> Operands:
     """Runs the backward pass that belongs to `forward`."""
-    run = _of_implementation(native.backward, xla.backward, implementation, options=options)
+    operands = residuals.operands._replace(segment_ids=None)
     arguments = residuals, out_cotangent, last_state_cotangent
     axes = canonical.axes(residuals.operands, options.layout)
-    gradients = partitioning.over_explicit_axes(
-        run, arguments, canonical.backward_axes(axes, last_state_cotangent), axes._replace(segment_ids=None)
-    )
+    argument_axes = canonical.backward_axes(axes, last_state_cotangent)
+    kernels = partial(native.backward, options=options), partial(xla.backward, options=options)
+    gradients = _run(*kernels, implementation, arguments, argument_axes, axes._replace(segment_ids=None))
     # The type of a cotangent is that of its operand.
-    return partitioning.divided_like(gradients, residuals.operands._replace(segment_ids=None))
+    return partitioning.divided_like(gradients, operands)
 
 
-def _of_implementation(native: Any, xla: Any, implementation: str | None, **keywords: Any) -> Callable[..., Any]:
-    """Which of the two functions ``implementation`` means; for None a choice that lowering makes.
+def _run(
+    native: Callable[..., Any],
+    xla: Callable[..., Any],
+    implementation: str | None,
+    arguments: tuple[Any, ...],
+    argument_axes: Any,
+    result_axes: Any,
+) -> Any:
+    """Runs one of two kernels on all lanes and devices; for ``implementation=None`` lowering chooses.
 
-    A kernel is a derivative at most; for derivatives of it, of second order and above, it stands in for "xla".
+    A kernel has no derivative of its own (the backward kernel is one, which `jax_sscan.scan` knows): that is "xla"'s.
     """
-    pure = partial(xla, **keywords)
-    if implementation == "xla":
-        return pure
-    if implementation is None:
-        branches = {platform: partial(native, **keywords) for platform in _native_platforms()}
-        run = jax.custom_jvp(partial(jax.lax.platform_dependent, default=pure, **branches))
-    else:
-        run = jax.custom_jvp(partial(native, **keywords))
+
+    def kernel(*arguments: Any, instances: int) -> Any:
+        def call(*arguments: Any) -> Any:
+            # What a custom call gives varies over the axes of a `jax.shard_map` as what it takes, which JAX cannot know.
+            results = native(*arguments, instances=instances)
+            return partitioning.vary(results, partitioning.varying_axes(arguments))
+
+        pure = partial(batching.by_instance, xla, instances=instances)
+        branches = dict.fromkeys(_native_platforms(), call)
+        if implementation is None:
+            return jax.lax.platform_dependent(*arguments, default=pure, **branches)
+        return pure(*arguments) if implementation == "xla" else branches[implementation](*arguments)
+
+    @jax.custom_jvp
+    def run(*arguments: Any) -> Any:
+        return batching.call(kernel, arguments, argument_axes, result_axes)
+
+    def pure(*arguments: Any) -> Any:
+        return partitioning.over_explicit_axes(xla, arguments, argument_axes, result_axes)
+
     run.defjvp(partial(jax.jvp, pure))
-    return run
+    return run(*arguments)
 
 
 def _native_platforms() -> list[str]:

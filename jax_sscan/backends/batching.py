@@ -31,7 +31,7 @@ def call(
     """Calls a kernel with a rule for `jax.vmap` around it and one for many devices.
 
     Args:
-        kernel: from arguments with one batch, and the number of instances in it, to results.
+        kernel: from arguments with one batch, and the number of ``instances`` in it, to results.
         arguments: pytree of arrays, with axes for the lanes in front.
         argument_axes: the same tree with the names of the axes, without lanes, as `canonical.axes` has them. What has
             no batch axis is a weight: with several instances the kernel gets it with that many times the rows.
@@ -51,7 +51,7 @@ def call(
             x if weight and not lanes.on_weights else _fold(x, len(sizes))
             for x, weight in zip(leaves, is_weight, strict=True)
         ]
-        results = result_tree.flatten_up_to(kernel(*tree.unflatten(folded), instances))
+        results = result_tree.flatten_up_to(kernel(*tree.unflatten(folded), instances=instances))
         return tuple(_unfold(x, sizes) for x in results)
 
     def with_lanes(names: str, mapped: bool) -> str:
@@ -87,6 +87,18 @@ def call(
         return results, (True,) * len(results)
 
     return result_tree.unflatten(run(*leaves))
+
+
+def by_instance(function: Callable[..., Any], *arguments: Any, instances: int) -> Any:
+    """Calls a ``function`` that knows one set of weights as a kernel that knows several."""
+    if instances == 1:
+        return function(*arguments)
+
+    def split(x: jax.Array) -> jax.Array:
+        return x.reshape(instances, x.shape[0] // instances, *x.shape[1:])
+
+    results = jax.vmap(function)(*jax.tree.map(split, arguments))
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), results)
 
 
 def _has_batch(names: str) -> bool:

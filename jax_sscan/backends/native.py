@@ -14,8 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_sscan import canonical
-from jax_sscan.backends import batching
 from jax_sscan.canonical import Operands, Options, Residuals, Sizes, is_varying, sizes
 
 # A saved state every 32 steps costs as much as half of u at dstate 16, and a chunk's history fits the L1 cache.
@@ -58,36 +56,6 @@ def missing(implementation: str) -> str | None:
     return None
 
 
-def forward(
-    operands: Operands, options: Options, save_states: bool
-) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-    """Runs the native forward kernel; see `jax_sscan.backends` for the contract."""
-    axes = canonical.axes(operands, options.layout)
-
-    def kernel(operands: Operands, instances: int) -> Any:
-        return _forward_call(operands, options, save_states, instances)
-
-    return batching.call(kernel, (operands,), (axes,), canonical.result_axes(axes, options, save_states))
-
-
-def backward(
-    residuals: Residuals,
-    out_cotangent: jax.Array,
-    last_state_cotangent: jax.Array | None,
-    options: Options,
-) -> Operands:
-    """Runs the native backward kernel; see `jax_sscan.backends` for the contract."""
-    arguments = residuals, out_cotangent, last_state_cotangent
-    axes = canonical.axes(residuals.operands, options.layout)
-
-    def kernel(residuals: Residuals, out_cotangent: Any, last_state_cotangent: Any, instances: int) -> Any:
-        return _backward_call(residuals, out_cotangent, last_state_cotangent, options, instances)
-
-    return batching.call(
-        kernel, arguments, canonical.backward_axes(axes, last_state_cotangent), axes._replace(segment_ids=None)
-    )
-
-
 # An operand or result that is not there travels as an empty vector.
 _ABSENT = jax.ShapeDtypeStruct((0,), np.float32)
 
@@ -113,9 +81,17 @@ def _present(results: Any, shapes: Any) -> list[jax.Array | None]:
     return [None if shape is _ABSENT else result for result, shape in zip(results, shapes, strict=True)]
 
 
-def _forward_call(
+def forward(
     operands: Operands, options: Options, save_states: bool, instances: int
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    """Calls the native forward kernel; see `jax_sscan.backends` for the contract.
+
+    Args:
+        operands: canonical operands; with several instances the weights have instances * dim rows.
+        options: the static flags.
+        save_states: whether to save the states for a backward pass.
+        instances: equal parts of the batch that have weights of their own.
+    """
     size = sizes(operands, options.layout)
     dtype, chunks = operands.A.dtype, -(-size.length // options.chunk)
     state = jax.ShapeDtypeStruct((size.batch, size.dim, size.dstate), dtype)
@@ -132,13 +108,14 @@ def _forward_call(
     return out, last_state, saved
 
 
-def _backward_call(
+def backward(
     residuals: Residuals,
     out_cotangent: jax.Array,
     last_state_cotangent: jax.Array | None,
     options: Options,
     instances: int,
 ) -> Operands:
+    """Calls the native backward kernel; see `jax_sscan.backends` for the contract and `forward` for instances."""
     operands = residuals.operands
     attributes = _attributes(operands, options, instances)
     extension = _load()

@@ -196,11 +196,11 @@ def divided_like(arrays: Any, others: Any) -> Any:
 
 def divided(call: Call, *arguments: jax.Array) -> tuple[jax.Array, ...]:
     """Runs ``call`` on as many devices as its arguments are divided among, however JAX keeps track of that."""
-    if jax.sharding.get_abstract_mesh().manual_axes:
-        # Inside `jax.shard_map` the arrays are one device's already.
-        return vary(tuple(call.function(*arguments)), varying_axes(arguments))
     if _explicit_mesh(arguments) is not None:
         return _over_explicit_axes(call, *arguments)
+    if jax.sharding.get_abstract_mesh().manual_axes:
+        # Inside `jax.shard_map` the arrays are one device's already.
+        return tuple(call.function(*arguments))
     return _over_auto_axes(call, *arguments)
 
 
