@@ -143,7 +143,7 @@ def _run(
 
     def kernel(*arguments: Any, instances: int) -> Any:
         def call(*arguments: Any) -> Any:
-            # What a custom call gives varies over the axes of a `jax.shard_map` as what it takes, which JAX cannot know.
+            # JAX cannot know that what a custom call gives varies over a `jax.shard_map`'s axes as what it takes.
             results = native(*arguments, instances=instances)
             return partitioning.vary(results, partitioning.varying_axes(arguments))
 
