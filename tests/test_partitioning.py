@@ -35,6 +35,7 @@ NARROW = Case(
     "bf16", batch=8, dim=16, length=9, u_dtype=BF16, delta_dtype=BF16, z_dtype=BF16, B_dtype=BF16, C_dtype=BF16, **MAMBA
 )
 GROUPS = Case("groups-4", batch=8, dim=16, length=9, groups=4, B="4d", C="4d", **EVERYTHING)
+PRIVATE = Case("groups-dim", batch=2, dim=16, length=5, groups=16, B="4d", C="4d", layout="bld", **MAMBA)
 UNEVEN = Case("groups-3", batch=2, dim=24, length=9, groups=3, B="4d", C="4d", layout="bld", **EVERYTHING)
 
 # Case, mesh, which mesh axis divides batch, channels, groups; all-reduces of the backward pass: weights over batch
@@ -51,6 +52,7 @@ DIVISIONS = [
     pytest.param(GROUPS, {"x": 4, "y": 2}, {"b": "y", "d": "x", "g": "x"}, 1, id="a-group-per-shard"),
     pytest.param(GROUPS, {"x": 8}, {"d": "x"}, 1, id="more-shards-than-groups"),
     pytest.param(UNEVEN, {"x": 8}, {"d": "x"}, 1, id="groups-across-shards"),
+    pytest.param(PRIVATE, {"x": 8}, {"d": "x", "g": "x"}, 0, id="a-group-per-channel"),
     # Complex weights and real ones are sums of two dtypes.
     pytest.param(COMPLEX, {"x": 4, "y": 2}, {"b": "x", "d": "y"}, 3, id="complex"),
     pytest.param(NARROW, {"x": 4, "y": 2}, {"b": "x", "d": "y"}, 2, id="bf16"),

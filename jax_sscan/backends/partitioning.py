@@ -265,13 +265,14 @@ def _sharding_rule(call: Call, shapes: Sequence[tuple[int, ...]], mesh: Mesh) ->
     factors: dict[str, Any] = {"need_replication_factors": tuple(name for name in WHOLE if name in sizes)}
     groups = sizes.get("group", 1)
     # With more shards than groups they are whole, and not tied to the channels.
-    divides_groups = any(size > 1 and groups % size == 0 for size in mesh.shape.values())
-    if divides_groups:
+    dim = "dim"
+    if any(size > 1 and groups % size == 0 for size in mesh.shape.values()):
+        dim = "(group channel)" if groups < sizes["dim"] else "group"
+    if dim == "(group channel)":
         factors["channel"] = sizes["dim"] // groups
 
     def side(all_axes: tuple[str, ...]) -> str:
-        sides = ", ".join(all_axes)
-        return sides.replace("dim", "(group channel)") if divides_groups else sides
+        return ", ".join(all_axes).replace("dim", dim)
 
     return f"{side(call.argument_axes)} -> {side(call.result_axes)}", factors
 
