@@ -150,6 +150,21 @@ def test_sizes_that_no_axis_divides() -> None:
 
 
 @pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
+def test_divided_length_without_axis_name(kind: Any) -> None:
+    """Gathered, since nobody asked for an exchange, and right."""
+    case = Case("length", batch=2, dim=4, length=16, dstate=8, layout="bld", **MAMBA)
+    inputs, _ = case_inputs(case)
+    mesh = mesh_of(kind, x=4)
+    with jax.set_mesh(mesh):
+        arrays = put(inputs, mesh, specs_of(inputs, "bld", l="x") | {"A": P(None, "x")})
+        compiled = jit(scan_of(case, None)).lower(arrays).compile()
+        got = compiled(arrays)
+    assert set(collectives(compiled)) == {"all-gather"}
+    for x, wanted in zip(got, jit(scan_of(case, None))(inputs), strict=True):
+        assert_close(x, wanted, "result")
+
+
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
 @pytest.mark.parametrize("mapped", ["data", "everything"])
 def test_vmap_on_many_devices(mapped: str, kind: Any) -> None:
     """A mapped axis that is divided among devices stays so; shared weights are not copied."""

@@ -42,13 +42,14 @@ WIDE: dict[str, Any] = {f"{name}_dtype": F64 for name in ("u", "delta", "z", "B"
 
 
 def divided(case: Case, implementation: str | None, mesh: Any, inputs: Any, **options: Any) -> Any:
-    """The scan of a case with its length divided over the mesh axis "s" and its batch over "b"."""
-    specs = specs_of(inputs, case.layout, l="s", b="b" if "b" in mesh.axis_names else None)
+    """The scan of a case with its length divided over the mesh axis "s", its batch over "b", its channels over "d"."""
+    others = {name: name for name in ("b", "d") if name in mesh.axis_names}
+    specs = specs_of(inputs, case.layout, l="s", **others)
     return jax.shard_map(
         scan_of(case, implementation, axis_name="s"),
         mesh=mesh,
         in_specs=(specs,),
-        out_specs=(specs["u"], P("b") if "b" in mesh.axis_names else P()),
+        out_specs=(specs["u"], P(others.get("b"), others.get("d"))),
         **options,
     )
 
@@ -85,6 +86,13 @@ def test_every_implementation(check_vma: bool, implementation: str | None) -> No
     """On a mesh that divides the batch as well."""
     case = Case("both", length=24, dim=3, layout="bld", **EVERYTHING)
     check_against_one_device(case, implementation, mesh_of(b=2, s=4), check_vma=check_vma)
+
+
+def test_batch_channels_and_length_together() -> None:
+    """Three mesh axes: gradients of weights are summed over the devices of two, those of B and C over one."""
+    case = Case("three", length=12, dim=4, **EVERYTHING)
+    found = collectives(check_against_one_device(case, None, mesh_of(b=2, d=2, s=2)))
+    assert set(found) == {"all-gather", "all-reduce", "collective-permute"} and found["all-gather"] == 2
 
 
 def test_forward_mode(implementation: str | None) -> None:
