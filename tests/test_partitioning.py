@@ -167,7 +167,7 @@ def test_divided_length_without_axis_name(kind: Any) -> None:
 @pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
 @pytest.mark.parametrize("mapped", ["data", "everything"])
 def test_vmap_on_many_devices(mapped: str, kind: Any) -> None:
-    """A mapped axis that is divided among devices stays so; shared weights are not copied."""
+    """A mapped axis that is divided among devices stays so; only gradients of what the lanes share are summed."""
     if kind == EXPLICIT and jax.__version_info__ < (0, 10):
         pytest.skip("JAX 0.9 forbids batching rules a shard_map over the mapped axis")
     case = Case("lanes", batch=2, dim=4, length=9, **MAMBA)
@@ -177,14 +177,19 @@ def test_vmap_on_many_devices(mapped: str, kind: Any) -> None:
     stacked = {**inputs, **lanes}
     in_axes = ({name: 0 if name in names else None for name in inputs},)
     scan = jax.vmap(scan_of(case, None), in_axes)
+    gradients = jax.grad(lambda inputs: jnp.sum(jnp.sin(scan(inputs)[0])))
     mesh = mesh_of(kind, x=8)
     with jax.set_mesh(mesh):
         arrays = put(stacked, mesh, {name: P("x") if name in names else P() for name in inputs})
         compiled = jit(scan).lower(arrays).compile()
-        got = compiled(arrays)
+        backward = jit(gradients).lower(arrays).compile()
+        got = compiled(arrays), backward(arrays)
     assert collectives(compiled) == {}
-    for x, wanted in zip(got, jit(scan)(stacked), strict=True):
+    assert collectives(backward) == ({"all-reduce": 1} if mapped == "data" else {})
+    for x, wanted in zip(got[0], jit(scan)(stacked), strict=True):
         assert_close(x, wanted, "result")
+    for name, wanted in jit(gradients)(stacked).items():
+        assert_close(got[1][name], wanted, f"gradient of {name}", 5e-6)
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
