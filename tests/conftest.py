@@ -107,3 +107,14 @@ def implementation(request: pytest.FixtureRequest) -> Iterator[str | None]:
     else:
         with jax.default_device(jax.devices(info.platforms[0])[0]):
             yield name
+
+
+@pytest.fixture
+def virtual_devices(request: pytest.FixtureRequest) -> Iterator[None]:
+    """CPUs as the default where a GPU would be, but for tests of "cuda", which are given a mesh of GPUs."""
+    names = request.fixturenames
+    if "implementation" in names and request.getfixturevalue("implementation") == "cuda":
+        yield
+    else:
+        with jax.default_device(jax.devices("cpu")[0]):
+            yield

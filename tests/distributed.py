@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from cases import Case, make_inputs
 from checks import keywords_of
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -23,11 +24,13 @@ _COLLECTIVE = re.compile(
 _BYTES = {"f32": 4, "s32": 4, "c64": 8, "f64": 8, "bf16": 2, "f16": 2, "pred": 1, "u8": 1}
 
 
-def mesh_of(kind: AxisType = AUTO, **axes: int) -> jax.sharding.Mesh:
-    """A mesh of virtual CPU devices, which conftest.py asks for."""
+def mesh_of(kind: AxisType = AUTO, implementation: str | None = None, **axes: int) -> jax.sharding.Mesh:
+    """A mesh of virtual CPU devices, which conftest.py asks for, or of GPUs if ``implementation`` is "cuda"."""
     count = int(np.prod(list(axes.values())))
-    devices = jax.devices("cpu")[:count]
-    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(kind,) * len(axes), devices=devices)
+    devices = jax.devices("gpu" if implementation == "cuda" else "cpu")
+    if len(devices) < count:
+        pytest.skip(f"needs {count} devices")
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(kind,) * len(axes), devices=devices[:count])
 
 
 def collectives(compiled: Any) -> dict[str, int]:

@@ -41,7 +41,7 @@ def in_a_new_process(code: str, *arguments: str, **environment: str) -> str:
         [sys.executable, "-c", textwrap.dedent(code), *arguments],
         capture_output=True,
         text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
+        env={**os.environ, **environment},
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -68,10 +68,12 @@ def test_export_to_a_new_process(tmp_path: Path, implementation: str | None) -> 
     def both(inputs: Any) -> Any:
         return scan(inputs), gradients(inputs, cotangents)
 
-    exported = jax.export.export(both, disabled_checks=CHECKS)(inputs)
+    platforms = ["cuda" if implementation == "cuda" else "cpu"]
+    exported = jax.export.export(both, platforms=platforms, disabled_checks=CHECKS)(inputs)
     (tmp_path / "exported").write_bytes(exported.serialize())
     np.savez(tmp_path / "in.npz", **inputs)
-    in_a_new_process(LOAD, *(str(tmp_path / name) for name in ("exported", "in.npz", "out.npz")))
+    files = (str(tmp_path / name) for name in ("exported", "in.npz", "out.npz"))
+    in_a_new_process(LOAD, *files, JAX_PLATFORMS=",".join(platforms))
     got = np.load(tmp_path / "out.npz")
     for x, wanted in zip(got.values(), jax.tree.leaves(both(inputs)), strict=True):
         np.testing.assert_allclose(x, wanted, rtol=1e-5, atol=1e-5)
@@ -137,7 +139,7 @@ def test_compilation_cache(kind: str, tmp_path: Path) -> None:
 
     In auto mode XLA calls back into Python while it partitions, and JAX has to be told to leave that address out.
     """
-    settings = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path)}
+    settings = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path), "JAX_PLATFORMS": "cpu"}
     if kind == "Auto":
         settings["JAX_REMOVE_CUSTOM_PARTITIONING_PTR_FROM_CACHE_KEY"] = "true"
     first, second = (in_a_new_process(CACHED.replace("{kind}", kind), **settings).split() for _ in range(2))

@@ -27,6 +27,8 @@ from jax.sharding import NamedSharding
 
 import jax_sscan
 
+pytestmark = pytest.mark.usefixtures("virtual_devices")
+
 BASE = Case("base", batch=8, dim=16, length=40, dstate=3, **EVERYTHING)
 BLD = Case("bld", batch=8, dim=16, length=9, dstate=3, layout="bld", reverse=True, **EVERYTHING)
 FIXED = Case("fixed", batch=8, dim=16, length=9, B="fixed", C="fixed", **MAMBA)
@@ -197,7 +199,7 @@ def test_shard_map(check_vma: bool, implementation: str | None) -> None:
     """Batch and channels divided by hand, weights whole along the batch: their gradients are summed by JAX."""
     inputs, cotangents = case_inputs(BLD)
     scan = scan_of(BLD, implementation)
-    mesh = mesh_of(x=4, y=2)
+    mesh = mesh_of(AUTO, implementation, x=4, y=2)
     specs = specs_of(inputs, "bld", b="x", d="y")
     divided = jax.shard_map(
         scan, mesh=mesh, in_specs=(specs,), out_specs=(specs["u"], P("x", "y")), check_vma=check_vma

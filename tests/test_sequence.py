@@ -27,6 +27,8 @@ from distributed import (
 
 import jax_sscan
 
+pytestmark = pytest.mark.usefixtures("virtual_devices")
+
 CASES = [
     Case("plain", length=24, dim=4),
     Case("everything", length=64, dim=4, **EVERYTHING),
@@ -85,7 +87,8 @@ def test_equals_one_device(case: Case) -> None:
 def test_every_implementation(check_vma: bool, implementation: str | None) -> None:
     """On a mesh that divides the batch as well."""
     case = Case("both", length=24, dim=3, layout="bld", **EVERYTHING)
-    check_against_one_device(case, implementation, mesh_of(b=2, s=4), check_vma=check_vma)
+    mesh = mesh_of(AUTO, implementation, b=2, s=4)
+    check_against_one_device(case, implementation, mesh, check_vma=check_vma)
 
 
 def test_batch_channels_and_length_together() -> None:
@@ -104,7 +107,7 @@ def test_forward_mode(implementation: str | None) -> None:
     def push(scan: Any) -> Any:
         return jit(lambda x, t: jax.jvp(lambda x: scan({**x, **rest}), (x,), (t,)))(inputs, tangents)
 
-    got = push(divided(case, implementation, mesh_of(s=8), inputs | rest))
+    got = push(divided(case, implementation, mesh_of(AUTO, implementation, s=8), inputs | rest))
     jax.tree.map(lambda x, y: assert_close(x, y, "jvp", 5e-6), got, push(scan_of(case, "xla")))
 
 
