@@ -193,8 +193,8 @@ def lint(args, rest):
 
 def bench(args, rest):
     env = Environment(args).need("bench", "models")
-    script = "scaling.py" if args.scaling else "model.py" if args.model else "bench.py"
-    run(env.python, ROOT / "benchmarks" / script, *rest, cwd=None)
+    script = next((name for name in ("scaling", "model", "parallel") if getattr(args, name)), "bench")
+    run(env.python, ROOT / "benchmarks" / f"{script}.py", *rest, cwd=None)
 
 
 def sanitize(args, rest):
@@ -246,7 +246,7 @@ COMMANDS = {
     demo: "run examples/demo.py (its options: --steps N, --seed N, --out DIR)",
     test: "run the tests with pytest, on all cores",
     lint: "check with ruff, pyright and clang-format; --fix repairs what can be repaired",
-    bench: "run benchmarks/bench.py, with --scaling scaling.py, with --model model.py",
+    bench: "run benchmarks/bench.py, or scaling.py with --scaling, model.py with --model, parallel.py with --parallel",
     sanitize: "run the CPU kernels under the thread, address and undefined behaviour sanitizers",
     wheel: "build the sdist and the wheel into dist/",
 }
@@ -279,6 +279,7 @@ def main():
             kind.add_argument(
                 "--model", action="store_true", help="a Mamba block and a language model, training and decoding"
             )
+            kind.add_argument("--parallel", action="store_true", help="time against the number of devices")
     argv = sys.argv[1:]
     cut = argv.index("--") if "--" in argv else len(argv)
     args, rest = parser.parse_known_args(argv[:cut])

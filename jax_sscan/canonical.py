@@ -23,6 +23,13 @@ import numpy as np
 
 from jax_sscan import checks
 
+RESIDUAL_NAMES = ("selective_scan_out", "selective_scan_states")
+"""The `checkpoint_name` of what a scan computes for its backward pass and its successors.
+
+``jax.checkpoint(f, policy=jax.checkpoint_policies.save_only_these_names(*RESIDUAL_NAMES))`` rematerialises everything
+around a scan without running the scan a second time.
+"""
+
 Layout = Literal["bdl", "bld"]
 LAYOUTS: tuple[str, ...] = get_args(Layout)
 
@@ -75,7 +82,7 @@ class Residuals(NamedTuple):
     """
 
     operands: Operands
-    states: jax.Array
+    states: Any
 
 
 def is_varying(matrix: jax.Array) -> bool:
@@ -92,6 +99,43 @@ def sizes(operands: Operands, layout: Layout) -> Sizes:
         if is_varying(matrix):
             groups = matrix.shape[2 if layout == "bld" else 1]
     return Sizes(batch, dim, length, operands.A.shape[1], groups)
+
+
+STATE_AXES = "batch dim dstate"
+SAVED_STATES_AXES = "batch chunk dstate dim"
+"""Names of the axes of a state, and of the states that `Residuals` keep."""
+
+
+def axes(operands: Operands, layout: Layout) -> Operands:
+    """The names of the axes of canonical operands, one string each with spaces between; None for absent ones."""
+    sequence, varying = (
+        ("batch length dim", "batch length group dstate")
+        if layout == "bld"
+        else ("batch dim length", "batch group dstate length")
+    )
+    names = Operands(
+        u=sequence,
+        delta=sequence,
+        A="dim dstate",
+        B=varying if is_varying(operands.B) else "dim dstate",
+        C=varying if is_varying(operands.C) else "dim dstate",
+        D="dim",
+        z=sequence,
+        delta_bias="dim",
+        initial_state=STATE_AXES,
+        segment_ids="batch length",
+    )
+    return Operands(*(None if x is None else name for name, x in zip(names, operands, strict=True)))
+
+
+def result_axes(axes: Operands, options: Options, save_states: bool) -> tuple[str, str | None, str | None]:
+    """The names of the axes of a forward pass's results, given those of its operands."""
+    return axes.u, STATE_AXES if options.last_state else None, SAVED_STATES_AXES if save_states else None
+
+
+def backward_axes(axes: Operands, last_state_cotangent: Any) -> tuple[Residuals, str, str | None]:
+    """The names of the axes of a backward pass's arguments, given those of the operands."""
+    return Residuals(axes, SAVED_STATES_AXES), axes.u, None if last_state_cotangent is None else STATE_AXES
 
 
 def sequence_dims(layout: Layout) -> str:

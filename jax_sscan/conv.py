@@ -10,7 +10,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jax_sscan import checks
+from jax_sscan import checks, sequence
 from jax_sscan.canonical import LAYOUTS, Layout, sequence_dims
 
 Activation = Literal["silu"] | None
@@ -26,6 +26,7 @@ def causal_conv1d(
     activation: Activation = None,
     return_final_state: bool = False,
     layout: Layout = "bdl",
+    axis_name: str | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Causal depthwise convolution: ``out[t] = activation(bias + sum_k weight[:, k] x[t - (width - 1) + k])``.
 
@@ -41,6 +42,8 @@ def causal_conv1d(
         activation: None or "silu".
         return_final_state: whether to return the state that continues the sequence as well.
         layout: "bdl" or "bld".
+        axis_name: inside `jax.shard_map`, the mesh axis over which the sequence is divided, as in `selective_scan`.
+            Each device needs at least width - 1 positions, the last of which its neighbour gets.
 
     Returns:
         The output, of x's shape and dtype, or ``(out, final_state)``. final_state, (batch, dim, width - 1), holds the
@@ -48,7 +51,7 @@ def causal_conv1d(
         widened to initial_state's where that is wider.
 
     Raises:
-        ValueError: a shape or a name is wrong.
+        ValueError: a shape or a name is wrong, or a device's part is too short.
         TypeError: a dtype is wrong or something is not an array.
     """
     checks.check_choice("layout", layout, LAYOUTS)
@@ -60,8 +63,44 @@ def causal_conv1d(
         initial_state = _conv_state("initial_state", initial_state, batch, weight)
     if segment_ids is not None:
         segment_ids = checks.segments(segment_ids, batch, length)
+    here = None
+    if axis_name is not None:
+        here = sequence.part(axis_name)
+        if length < weight.shape[1] - 1:
+            raise ValueError(
+                f"x must have at least width - 1 = {weight.shape[1] - 1} positions on each device of {axis_name!r}, "
+                f"got {length}; divide the sequence among fewer devices"
+            )
+        initial_state = _entering(x, weight, initial_state, segment_ids, here, layout)
     out, final_state = _conv(x, weight, bias, initial_state, segment_ids, activation, layout)
-    return (out, final_state) if return_final_state else out
+    if return_final_state:
+        return out, final_state if here is None else sequence.from_last(final_state, here)
+    return out
+
+
+def _entering(
+    x: jax.Array,
+    weight: jax.Array,
+    initial_state: jax.Array | None,
+    segment_ids: jax.Array | None,
+    here: sequence.Part,
+    layout: Layout,
+) -> jax.Array:
+    """The initial state of this device's part: the last inputs of the one before it, where their segment goes on."""
+    past = weight.shape[1] - 1
+    time = 1 if layout == "bld" else 2
+    length = x.shape[time]
+    state = sequence.from_previous(jax.lax.slice_in_dim(x, length - past, length, axis=time), here)
+    state = state.swapaxes(1, 2) if layout == "bld" else state
+    if segment_ids is not None:
+        ids = sequence.from_previous(segment_ids[:, length - past :], here)
+        differs = ids != segment_ids[:, :1]
+        same = jnp.cumsum(differs[:, ::-1], axis=1)[:, ::-1] == 0
+        state = jnp.where(same[:, None], state, 0)
+    if initial_state is None:
+        return state
+    dtype = jnp.promote_types(state.dtype, initial_state.dtype)
+    return jnp.where(here.is_first(), initial_state.astype(dtype), state.astype(dtype))
 
 
 def causal_conv1d_update(
@@ -124,7 +163,7 @@ def _conv(
     batch, length, width = x.shape[0], x.shape[time], weight.shape[1]
     dim = weight.shape[0]
     if initial_state is None:
-        initial_state = jnp.zeros((batch, dim, width - 1), x.dtype)
+        initial_state = jnp.zeros_like(x, shape=(batch, dim, width - 1))
     state_dtype = jnp.promote_types(x.dtype, initial_state.dtype)
     past = initial_state.swapaxes(1, 2) if layout == "bld" else initial_state
     padded = jnp.concatenate([past.astype(state_dtype), x.astype(state_dtype)], axis=time)

@@ -1,4 +1,4 @@
-"""The selective scan: checks, canonical form, and the gradient wired to the kernels."""
+"""The selective scan: checks, canonical form, and the derivatives wired to the kernels."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -7,15 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jax_sscan import backends, canonical, checks
-from jax_sscan.canonical import Layout, Operands, Options, Residuals
-
-RESIDUAL_NAMES = ("selective_scan_out", "selective_scan_states")
-"""The `checkpoint_name` of what a scan computes for its backward pass and its successors.
-
-``jax.checkpoint(f, policy=jax.checkpoint_policies.save_only_these_names(*RESIDUAL_NAMES))`` rematerialises everything
-around a scan without running the scan a second time.
-"""
+from jax_sscan import backends, canonical, checks, linear, sequence
+from jax_sscan.backends import partitioning
+from jax_sscan.canonical import RESIDUAL_NAMES, Layout, Operands, Options, Residuals
 
 
 class ScanForward(NamedTuple):
@@ -57,6 +51,7 @@ def selective_scan(
     return_last_state: bool = False,
     layout: Layout = "bdl",
     out_dtype: Any = None,
+    axis_name: str | None = None,
     implementation: str | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Mamba's selective scan (S6), algorithm 2 of arXiv 2312.00752.
@@ -92,15 +87,18 @@ def selective_scan(
         return_last_state: whether to return the state after the last position processed as well.
         layout: "bdl" or "bld", the order of the axes of u, delta, z, B, C and the output.
         out_dtype: dtype of the output; that of u if None.
+        axis_name: inside `jax.shard_map`, the mesh axis over which the sequence is divided: each device passes its part
+            of u, delta, B, C, z and segment_ids, in order and of one length, and gets its part of the output.
+            initial_state (the first device's counts) and last_state (the same on all) are those of the whole sequence.
         implementation: None for the best one of the platform the computation is lowered for, or "cuda", "cpu"
-            (native) or "xla" (pure JAX, which also has forward mode and higher-order derivatives). See
-            `implementations`.
+            (native) or "xla" (pure JAX). See `implementations`.
 
     Returns:
         The output, of u's shape, or ``(out, last_state)`` with last_state (batch, dim, dstate) in the state's dtype.
 
     Raises:
-        ValueError: a shape, a name or the number of groups is wrong, or the implementation cannot run here.
+        ValueError: a shape, a name or the number of groups is wrong, the implementation cannot run here, or axis_name
+            is no axis of a `jax.shard_map` around the call.
         TypeError: a dtype is wrong or something is not an array.
     """
     operands = Operands(u, delta, A, B, C, D, z, delta_bias, initial_state, segment_ids)
@@ -117,7 +115,7 @@ def selective_scan(
     if operands.u.size == 0:
         out, last_state = _empty(operands, options)
     else:
-        out, last_state = _run(operands, options, implementation)
+        out, last_state = _run(operands, options, implementation, axis_name)
     return (out, last_state) if options.last_state else out
 
 
@@ -263,37 +261,47 @@ def _empty(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]:
 
 
 # jitted, so that an eager call compiles once per shape and not once per call.
-@partial(jax.jit, static_argnames=("options", "implementation"))
-def _run(operands: Operands, options: Options, implementation: str | None) -> tuple[jax.Array, jax.Array | None]:
-    if implementation == "xla":
-        # Differentiated by JAX itself, so that forward mode and higher orders work.
-        return backends.xla.forward(operands, options, save_states=False)[:2]
+@partial(jax.jit, static_argnames=("options", "implementation", "axis_name"))
+def _run(
+    operands: Operands, options: Options, implementation: str | None, axis_name: str | None
+) -> tuple[jax.Array, jax.Array | None]:
+    # Inside `jax.shard_map`, the transpose of this sums the gradient of what devices share.
+    operands = partitioning.vary(operands, partitioning.varying_axes(operands))
+    if axis_name is not None:
+        return sequence.run(operands, options, implementation, axis_name)
     return _scan(operands, options, implementation)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+@partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def _scan(operands: Operands, options: Options, implementation: str | None) -> tuple[jax.Array, jax.Array | None]:
     return backends.forward(operands, options, False, implementation)[:2]
 
 
-def _scan_fwd(
-    operands: Operands, options: Options, implementation: str | None
-) -> tuple[tuple[jax.Array, jax.Array | None], Residuals]:
+@_scan.defjvp
+def _scan_jvp(
+    options: Options, implementation: str | None, primals: tuple[Operands], tangents: tuple[Operands]
+) -> tuple[tuple[jax.Array, jax.Array | None], Any]:
+    """Reverse mode runs the backward kernel, forward mode pure JAX."""
+    (operands,), (tangent,) = primals, tangents
     out, last_state, states = backends.forward(operands, options, True, implementation)
     out = checkpoint_name(out, RESIDUAL_NAMES[0])
     states = checkpoint_name(states, RESIDUAL_NAMES[1])
-    return (out, last_state), Residuals(operands, states)
+
+    def push(residuals: Residuals, tangent: Operands) -> tuple[jax.Array, jax.Array | None]:
+        ids = residuals.operands.segment_ids
+
+        def forward(operands: Operands) -> tuple[jax.Array, jax.Array | None]:
+            return backends.forward(operands._replace(segment_ids=ids), options, False, "xla")[:2]
+
+        return jax.jvp(forward, (residuals.operands._replace(segment_ids=None),), (tangent,))[1]
+
+    def pull(residuals: Residuals, cotangents: tuple[jax.Array, jax.Array | None]) -> Operands:
+        return backends.backward(residuals, *cotangents, options, implementation)
+
+    results = out, last_state
+    tangent = tangent._replace(segment_ids=None)
+    return results, linear.call(push, pull, Residuals(operands, states), tangent, results)
 
 
-def _scan_bwd(
-    options: Options,
-    implementation: str | None,
-    residuals: Residuals,
-    cotangents: tuple[jax.Array, jax.Array | None],
-) -> tuple[Operands]:
-    return (backends.backward(residuals, *cotangents, options, implementation),)
-
-
-_scan.defvjp(_scan_fwd, _scan_bwd)
 _jitted_forward = jax.jit(backends.forward, static_argnames=("options", "save_states", "implementation"))
 _jitted_backward = jax.jit(backends.backward, static_argnames=("options", "implementation"))

@@ -17,6 +17,9 @@ import pytest
 
 import jax_sscan
 
+# Tests of many devices run on virtual ones; all others use the first of them.
+jax.config.update("jax_num_cpu_devices", 8)
+
 # Compiling takes seconds, and the `implementation` fixture, which holds no state that an example
 # could change, is set up once for all examples.
 CHECKS = [
@@ -83,10 +86,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         params = [
             pytest.param(name, marks=pytest.mark.gpu) if name == "cuda" else name for name in sorted(names | REQUIRED)
         ]
-        if "xla" in default_here():
-            # Naming "xla" means JAX's own derivatives (all orders, both modes); the automatic
-            # choice is a scan with a reverse pass of its own, a path that no name leads to.
-            params.append(pytest.param(None, id="automatic"))
         metafunc.parametrize("implementation", params, indirect=True)
 
 
@@ -108,3 +107,14 @@ def implementation(request: pytest.FixtureRequest) -> Iterator[str | None]:
     else:
         with jax.default_device(jax.devices(info.platforms[0])[0]):
             yield name
+
+
+@pytest.fixture
+def virtual_devices(request: pytest.FixtureRequest) -> Iterator[None]:
+    """CPUs as the default where a GPU would be, but for tests of "cuda", which are given a mesh of GPUs."""
+    names = request.fixturenames
+    if "implementation" in names and request.getfixturevalue("implementation") == "cuda":
+        yield
+    else:
+        with jax.default_device(jax.devices("cpu")[0]):
+            yield

@@ -1,8 +1,4 @@
-"""The scan under JAX's transformations, for every implementation where they apply.
-
-Forward-mode and second-order ones are promised for implementation="xla" only: native kernels come
-with a hand-written reverse pass.
-"""
+"""The scan under JAX's transformations, for every implementation."""
 
 from __future__ import annotations
 
@@ -106,11 +102,11 @@ def test_out_or_state_alone(implementation: str | None) -> None:
 
 
 @pytest.mark.parametrize("case", [CASE, COMPLEX], ids=str)
-def test_jvp_and_linearize(case: Case) -> None:
+def test_jvp_and_linearize(case: Case, implementation: str | None) -> None:
     """Tangents out paired with the cotangents equal tangents in paired with the gradients."""
     inputs, out_ct, last_ct, out, expected = set_up(case)
     arrays, rest = split(inputs)
-    scan = scan_of(case, rest, "xla")
+    scan = scan_of(case, rest, implementation)
     primal, push = jax.linearize(jax.jit(scan), arrays)
     check(primal[0], out, "linearize's primal")
     jvp = jit(lambda arrays, tangents: jax.jvp(scan, (arrays,), (tangents,)))
@@ -132,10 +128,10 @@ def test_jvp_and_linearize(case: Case) -> None:
             assert abs(got - wanted) <= 1e-6 * scale + 1e-6, f"{way}, {name}"
 
 
-def double_case() -> tuple[Any, Any]:
+def double_case(implementation: str | None) -> tuple[Any, Any]:
     """The tiny float64 case as (loss over a dict, dict); to be used in x64 mode."""
     arrays, rest = split(make_inputs(DOUBLE))
-    scan = scan_of(DOUBLE, rest, "xla")
+    scan = scan_of(DOUBLE, rest, implementation)
 
     def loss(arrays: Any) -> Any:
         out, last = scan(arrays)
@@ -144,19 +140,19 @@ def double_case() -> tuple[Any, Any]:
     return loss, arrays
 
 
-def test_jacfwd_equals_jacrev() -> None:
+def test_jacfwd_equals_jacrev(implementation: str | None) -> None:
     """Forward and reverse mode are two derivations of one Jacobian."""
     with x64():
         arrays, rest = split(make_inputs(DOUBLE))
-        scan = scan_of(DOUBLE, rest, "xla")
+        scan = scan_of(DOUBLE, rest, implementation)
         forward, reverse = jit(jax.jacfwd(scan))(arrays), jit(jax.jacrev(scan))(arrays)
         jax.tree.map(lambda f, r: np.testing.assert_allclose(f, r, rtol=1e-9, atol=1e-11), forward, reverse)
         assert all(np.abs(np.asarray(forward[0][name])).max() > 0 for name in arrays)
 
 
-def test_hessian_matches_finite_differences_of_the_gradient() -> None:
+def test_hessian_matches_finite_differences_of_the_gradient(implementation: str | None) -> None:
     with x64():
-        loss, arrays = double_case()
+        loss, arrays = double_case(implementation)
         names = ("A", "delta", "u", "initial_state")
         some = {name: arrays.pop(name) for name in names}
 
@@ -173,6 +169,38 @@ def test_hessian_matches_finite_differences_of_the_gradient() -> None:
                 numeric = (plus[row] - minus[row]) / 2e-5
                 exact = jnp.tensordot(hessian[row][column], v, v.ndim)
                 np.testing.assert_allclose(exact, numeric, rtol=1e-6, atol=1e-6, err_msg=f"{row}, {column}")
+
+
+def test_second_derivatives_in_every_order_of_modes(implementation: str | None) -> None:
+    """Hessian times vector: reverse over reverse, reverse over forward, forward over reverse, and mapped."""
+    with x64():
+        loss, arrays = double_case(implementation)
+        rng = np.random.default_rng(6)
+        v = {name: jnp.asarray(rng.standard_normal(x.shape)) for name, x in arrays.items()}
+
+        def along(arrays: Any) -> Any:
+            return jax.jvp(loss, (arrays,), (v,))[1]
+
+        def dot(arrays: Any) -> Any:
+            return sum(jnp.vdot(g, v[name]) for name, g in jax.grad(loss)(arrays).items())
+
+        @jit
+        def products(arrays: Any) -> Any:
+            forward = jax.vmap(lambda s: jax.jvp(jax.grad(loss), (arrays,), ({k: s * x for k, x in v.items()},))[1])
+            return jax.grad(dot)(arrays), jax.grad(along)(arrays), forward(jnp.array([2.0, 1.0]))
+
+        reverse, mixed, forward = products(arrays)
+        step = 1e-5
+        gradient = jit(jax.grad(loss))
+        plus, minus = (gradient({k: x + s * step * v[k] for k, x in arrays.items()}) for s in (1, -1))
+        for name in arrays:
+            numeric = (plus[name] - minus[name]) / (2 * step)
+            for way, got in (
+                ("reverse", reverse),
+                ("mixed", mixed),
+                ("forward", {k: x[1] for k, x in forward.items()}),
+            ):
+                np.testing.assert_allclose(got[name], numeric, rtol=1e-6, atol=1e-6, err_msg=f"{way}, {name}")
 
 
 ARGUMENTS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state", "segment_ids")
@@ -266,6 +294,39 @@ def test_vmap_over_other_kinds(case: Case, names: tuple[str, ...], implementatio
     check_vmap(case, axes, implementation)
 
 
+def native_calls(text: str, kernel: str) -> list[str]:
+    """The calls of a kernel in the text of a program before XLA optimises it."""
+    return [line for line in text.splitlines() if f"@jax_sscan_{kernel}(" in line]
+
+
+@pytest.mark.parametrize("mapped", [("u",), ("u", "B", "segment_ids"), ("A",)], ids="+".join)
+def test_vmap_folds(mapped: tuple[str, ...], implementation: str | None) -> None:
+    """Two nested maps, gradient inside: one call of each kernel, no loop, and weights that no map names stay one."""
+    if implementation not in ("cpu", "cuda"):
+        pytest.skip("no kernel to count")
+    case = Case("fold", batch=2, dim=5, length=7, dstate=3, **EVERYTHING)
+    inputs = {name: jnp.asarray(x) for name, x in make_inputs(case).items()}
+    rest = {"segment_ids": inputs["segment_ids"]}
+    axes = {name: 1 if name in mapped else None for name in inputs}
+    stacked = {name: jnp.stack([jnp.stack([x] * 4, 1)] * 3, 1) if name in mapped else x for name, x in inputs.items()}
+
+    def scan(inputs: Any) -> Any:
+        return scan_of(case, {}, implementation)(inputs)[0]
+
+    def gradients(inputs: Any) -> Any:
+        arrays = {name: x for name, x in inputs.items() if name not in rest}
+        return jax.grad(lambda x: jnp.sum(scan({**inputs, **x}) ** 2))(arrays)
+
+    for function, kernels in ((scan, {"forward": 1}), (gradients, {"forward": 1, "backward": 1})):
+        text = jax.jit(jax.vmap(jax.vmap(function, (axes,)), (axes,))).lower(stacked).as_text()
+        assert {kernel: len(native_calls(text, kernel)) for kernel in kernels} == kernels
+        assert "stablehlo.while" not in text
+        (call,) = native_calls(text, "forward")
+        if "A" not in mapped:
+            # u has 12 times the batch, A the rows it had.
+            assert "(tensor<24x5x7xf32>, tensor<24x5x7xf32>, tensor<5x3xf32>" in call
+
+
 def test_nested_vmap(implementation: str | None) -> None:
     case = Case("nested", length=6, **MAMBA)
     inputs = {k: jnp.asarray(x) for k, x in make_inputs(case).items()}
@@ -355,9 +416,33 @@ def test_checkpoint(implementation: str | None) -> None:
         for name, wanted in expected.items():
             check(gradients[name], wanted, f"gradient of {name}")
     assert counts[1] > counts[0], f"nothing was rematerialised, so nothing is shown: {counts}"
-    # Named "xla", JAX differentiates the scan by itself and finds no name on what it wants to keep.
-    if implementation != "xla":
-        assert counts[2] == counts[0], f"the policy did not spare the second forward: {counts}"
+    assert counts[2] == counts[0], f"the policy did not spare the second forward: {counts}"
+
+
+def test_kernels_in_a_rematerialised_stack(implementation: str | None) -> None:
+    """A scan over layers, as XLA compiles it: a layer's forward kernel stands in the forward loop, and again in the
+    backward loop if nothing is saved."""
+    if implementation not in ("cpu", "cuda"):
+        pytest.skip("no kernel to count")
+    # Longer than a chunk: a backward pass that needs no saved states needs no second forward pass either.
+    case = Case("stack", length=70, **MAMBA)
+    arrays = {name: jnp.asarray(x) for name, x in make_inputs(case).items()}
+    u, A = arrays.pop("u"), arrays.pop("A")
+    weights = jnp.stack([A, A / 2, 2 * A])
+
+    def layer(u: Any, A: Any) -> Any:
+        return scan_of(case, {}, implementation)({**arrays, "u": u, "A": A})[0]
+
+    def loss(layer: Any) -> Any:
+        return lambda u, weights: jnp.sum(jax.lax.scan(lambda u, A: (layer(u, A), None), u, weights)[0] ** 2)
+
+    named = jax.checkpoint_policies.save_only_these_names(*jax_sscan.RESIDUAL_NAMES)
+    expected = jit(jax.grad(loss(layer), (0, 1)))(u, weights)
+    for wrapped, count in ((jax.checkpoint(layer, policy=named), 1), (jax.checkpoint(layer), 2)):
+        compiled = jax.jit(jax.grad(loss(wrapped), (0, 1))).lower(u, weights).compile()
+        assert len(re.findall(r'custom_call_target="jax_sscan_forward"', compiled.as_text())) == count
+        for got, wanted in zip(compiled(u, weights), expected, strict=True):
+            np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4 * float(jnp.abs(wanted).max()))
 
 
 @pytest.mark.parametrize("layout", ["bdl", "bld"])

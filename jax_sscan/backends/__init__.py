@@ -9,12 +9,14 @@ Every implementation is a pair of functions on the canonical form of `jax_sscan.
 """
 
 import warnings
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 
-from jax_sscan.backends import native, xla
+from jax_sscan import canonical
+from jax_sscan.backends import batching, native, partitioning, xla
 from jax_sscan.canonical import Operands, Options, Residuals, Sizes
 
 NAMES = ("cuda", "cpu", "xla")
@@ -96,18 +98,11 @@ def forward(
     operands: Operands, options: Options, save_states: bool, implementation: str | None
 ) -> tuple[jax.Array, jax.Array | None, Any]:
     """Runs the forward pass of ``implementation``, or of the best one for the platform it is lowered for."""
+    axes = canonical.axes(operands, options.layout)
+    result_axes = canonical.result_axes(axes, options, save_states)
     keywords: dict[str, Any] = {"options": options, "save_states": save_states}
-    if implementation is None:
-        branches = {
-            platform: partial(native.forward, platform=platform, **keywords)
-            for platform in _native_platforms(operands, options)
-        }
-        return jax.lax.platform_dependent(operands, default=partial(xla.forward, **keywords), **branches)
-    if implementation == "xla":
-        return xla.forward(operands, **keywords)
-    if (reason := native.unsupported(implementation, operands, options)) is not None:
-        raise ValueError(f"implementation={implementation!r} cannot run this: {reason}; use implementation='xla'")
-    return native.forward(operands, platform=implementation, **keywords)
+    kernels = _kernels(native.forward, xla.forward, operands, options, implementation, keywords)
+    return _run(kernels, implementation, (operands,), (axes,), result_axes)
 
 
 def backward(
@@ -118,25 +113,73 @@ def backward(
     implementation: str | None,
 ) -> Operands:
     """Runs the backward pass that belongs to `forward`."""
-    args = residuals, out_cotangent, last_state_cotangent
-    if implementation is None:
-        branches = {
-            platform: partial(native.backward, options=options, platform=platform)
-            for platform in _native_platforms(residuals.operands, options)
-        }
-        return jax.lax.platform_dependent(*args, default=partial(xla.backward, options=options), **branches)
-    if implementation == "xla":
-        return xla.backward(*args, options)
-    return native.backward(*args, options, platform=implementation)
+    operands = residuals.operands._replace(segment_ids=None)
+    arguments = residuals, out_cotangent, last_state_cotangent
+    axes = canonical.axes(residuals.operands, options.layout)
+    argument_axes = canonical.backward_axes(axes, last_state_cotangent)
+    kernels = _kernels(native.backward, xla.backward, operands, options, implementation, {"options": options})
+    gradients = _run(kernels, implementation, arguments, argument_axes, axes._replace(segment_ids=None))
+    # The type of a cotangent is that of its operand.
+    return partitioning.divided_like(gradients, operands)
 
 
-def _native_platforms(operands: Operands, options: Options) -> list[str]:
-    """The platforms on which this scan runs natively."""
-    found = [platform for platform in native.PLATFORMS if native.missing(platform) is None]
-    if "cuda" in found and (reason := native.unsupported("cuda", operands, options)) is not None:
-        _warn_of_gpu_fallback(reason)
-        found.remove("cuda")
-    return found
+def _kernels(
+    native_kernel: Callable[..., Any],
+    xla_kernel: Callable[..., Any],
+    operands: Operands,
+    options: Options,
+    implementation: str | None,
+    keywords: dict[str, Any],
+) -> dict[str, Callable[..., Any]]:
+    """The kernels, by implementation, that compute this scan here."""
+    kernels = {"xla": partial(xla_kernel, **keywords)}
+    for platform in native.PLATFORMS:
+        if native.missing(platform) is not None:
+            continue
+        reason = native.unsupported(platform, operands, options)
+        if reason is None:
+            kernels[platform] = partial(native_kernel, platform=platform, **keywords)
+        elif implementation is None:
+            _warn_of_gpu_fallback(reason)
+        elif implementation == platform:
+            raise ValueError(f"implementation={platform!r} cannot run this: {reason}; use implementation='xla'")
+    return kernels
+
+
+def _run(
+    kernels: dict[str, Callable[..., Any]],
+    implementation: str | None,
+    arguments: tuple[Any, ...],
+    argument_axes: Any,
+    result_axes: Any,
+) -> Any:
+    """Runs one of the kernels on all lanes and devices; for ``implementation=None`` lowering chooses.
+
+    A kernel has no derivative of its own (the backward kernel is one, which `jax_sscan.scan` knows): that is "xla"'s.
+    """
+
+    def kernel(*arguments: Any, instances: int) -> Any:
+        def call(name: str, *arguments: Any) -> Any:
+            if name == "xla":
+                return batching.by_instance(kernels[name], *arguments, instances=instances)
+            # JAX cannot know that what a custom call gives varies over a `jax.shard_map`'s axes as what it takes.
+            results = kernels[name](*arguments, instances=instances)
+            return partitioning.vary(results, partitioning.varying_axes(arguments))
+
+        if implementation is not None:
+            return call(implementation, *arguments)
+        branches = {name: partial(call, name) for name in kernels if name != "xla"}
+        return jax.lax.platform_dependent(*arguments, default=partial(call, "xla"), **branches)
+
+    @jax.custom_jvp
+    def run(*arguments: Any) -> Any:
+        return batching.call(kernel, arguments, argument_axes, result_axes)
+
+    def pure(*arguments: Any) -> Any:
+        return partitioning.over_explicit_axes(kernels["xla"], arguments, argument_axes, result_axes)
+
+    run.defjvp(partial(jax.jvp, pure))
+    return run(*arguments)
 
 
 __all__ = [

@@ -1,8 +1,8 @@
 """The native implementations: the compiled extensions, their registration with XLA, and their custom calls.
 
 A custom call takes the operands of the canonical form in their order, absent ones as an empty float32 vector, and the
-static flags as attributes. It knows nothing of `jax.vmap`, so each call carries its own batching rule: the mapped axis
-joins the batch and the kernel runs once. Weights then come once per *instance*, an equal part of the batch.
+static flags as attributes. It knows neither `jax.vmap` nor devices: `jax_sscan.backends.batching` and
+`jax_sscan.backends.partitioning` do. With several instances (equal parts of the batch) weights come once per instance.
 """
 
 import functools
@@ -65,80 +65,14 @@ def unsupported(platform: str, operands: Operands, options: Options) -> str | No
     return None
 
 
-def forward(
-    operands: Operands, options: Options, save_states: bool, platform: str, instances: int = 1
-) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-    """Runs the native forward kernel; see `jax_sscan.backends` for the contract.
-
-    Args:
-        operands: canonical operands; with several instances the weights have instances * dim rows.
-        options: the static flags.
-        save_states: whether to save the states for a backward pass.
-        platform: whose kernel: "cpu" or "cuda".
-        instances: equal parts of the batch that have weights of their own.
-    """
-    leaves, tree = jax.tree.flatten(operands)
-
-    @jax.custom_batching.custom_vmap
-    def call(*leaves: jax.Array) -> Any:
-        return _forward_call(tree.unflatten(leaves), options, save_states, platform, instances)
-
-    @call.def_vmap
-    def _(axis_size: int, batched: list[bool], *leaves: jax.Array) -> Any:
-        folded = _fold(tree.unflatten(leaves), tree.unflatten(batched), axis_size)
-        return _unfold(forward(folded, options, save_states, platform, axis_size * instances), axis_size)
-
-    return call(*leaves)
-
-
-def backward(
-    residuals: Residuals,
-    out_cotangent: jax.Array,
-    last_state_cotangent: jax.Array | None,
-    options: Options,
-    platform: str,
-    instances: int = 1,
-) -> Operands:
-    """Runs the native backward kernel; see `jax_sscan.backends` for the contract and `forward` for the rest."""
-    leaves, tree = jax.tree.flatten((residuals, out_cotangent, last_state_cotangent))
-
-    @jax.custom_batching.custom_vmap
-    def call(*leaves: jax.Array) -> Any:
-        residuals, out_cotangent, last_state_cotangent = tree.unflatten(leaves)
-        return _backward_call(residuals, out_cotangent, last_state_cotangent, options, platform, instances)
-
-    @call.def_vmap
-    def _(axis_size: int, batched: list[bool], *leaves: jax.Array) -> Any:
-        residuals, *cotangents = _fold(tree.unflatten(leaves), tree.unflatten(batched), axis_size)
-        results = backward(residuals, cotangents[0], cotangents[1], options, platform, axis_size * instances)
-        return _unfold(results, axis_size)
-
-    return call(*leaves)
-
-
-def _fold(arrays: Any, batched: Any, axis_size: int) -> Any:
-    """Makes the mapped axis the outermost part of the batch, and of the rows of weights, which are by instance."""
-
-    def fold(array: jax.Array, mapped: bool) -> jax.Array:
-        if not mapped:
-            array = jnp.broadcast_to(array, (axis_size, *array.shape))
-        return array.reshape(axis_size * array.shape[1], *array.shape[2:])
-
-    return jax.tree.map(fold, arrays, batched)
-
-
-def _unfold(results: Any, axis_size: int) -> tuple[Any, Any]:
-    """Undoes `_fold` on results, and says as a batching rule must that all are mapped."""
-    unfolded = jax.tree.map(lambda x: x.reshape(axis_size, x.shape[0] // axis_size, *x.shape[1:]), results)
-    return unfolded, jax.tree.map(lambda _: True, results)
-
-
 # An operand or result that is not there travels as an empty vector.
 _ABSENT = jax.ShapeDtypeStruct((0,), np.float32)
 
 
 def _call_operands(*operands: Any) -> list[Any]:
-    return [np.zeros(_ABSENT.shape, _ABSENT.dtype) if x is None else x for x in operands]
+    # Made from an operand, so that inside `jax.shard_map` it varies over the mesh as they do.
+    absent = jnp.zeros_like(operands[0], shape=_ABSENT.shape, dtype=_ABSENT.dtype)
+    return [absent if x is None else x for x in operands]
 
 
 def _attributes(operands: Operands, options: Options, instances: int) -> dict[str, Any]:
@@ -177,9 +111,18 @@ def _workspaces(
     return [jax.ShapeDtypeStruct((size,), np.uint8) for size in workspaces]
 
 
-def _forward_call(
+def forward(
     operands: Operands, options: Options, save_states: bool, platform: str, instances: int
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    """Calls the native forward kernel; see `jax_sscan.backends` for the contract.
+
+    Args:
+        operands: canonical operands; with several instances the weights have instances * dim rows.
+        options: the static flags.
+        save_states: whether to save the states for a backward pass.
+        platform: whose kernel: "cpu" or "cuda".
+        instances: equal parts of the batch that have weights of their own.
+    """
     size = sizes(operands, options.layout)
     dtype, chunks = operands.A.dtype, -(-size.length // options.chunk)
     state = jax.ShapeDtypeStruct((size.batch, size.dim, size.dstate), dtype)
@@ -197,7 +140,7 @@ def _forward_call(
     return out, last_state, saved
 
 
-def _backward_call(
+def backward(
     residuals: Residuals,
     out_cotangent: jax.Array,
     last_state_cotangent: jax.Array | None,
@@ -205,6 +148,7 @@ def _backward_call(
     platform: str,
     instances: int,
 ) -> Operands:
+    """Calls the native backward kernel; see `jax_sscan.backends` for the contract and `forward` for instances."""
     operands = residuals.operands
     has_states = not (operands.initial_state is None and last_state_cotangent is None)
     _, workspace = _workspaces(operands, options, has_states, platform, instances)

@@ -245,7 +245,7 @@ def _split(operands: Operands, options: Options, size: Sizes) -> tuple[_Weights,
         vector(operands.D),
     )
     if state is None:
-        state = jnp.zeros((size.batch, size.dim, size.dstate), A.dtype)
+        state = jnp.zeros_like(operands.u, shape=(size.batch, size.dim, size.dstate), dtype=A.dtype)
     inputs = _Inputs(
         sequence(operands.u),
         sequence(delta),
