@@ -193,7 +193,7 @@ def lint(args, rest):
 
 def bench(args, rest):
     env = Environment(args).need("bench", "models")
-    script = next((name for name in ("scaling", "model", "parallel") if getattr(args, name)), "bench")
+    script = next((name for name in ("gpu", "scaling", "model", "parallel") if getattr(args, name)), "bench")
     run(env.python, ROOT / "benchmarks" / f"{script}.py", *rest, cwd=None)
 
 
@@ -246,7 +246,7 @@ COMMANDS = {
     demo: "run examples/demo.py (its options: --steps N, --seed N, --out DIR)",
     test: "run the tests with pytest, on all cores",
     lint: "check with ruff, pyright and clang-format; --fix repairs what can be repaired",
-    bench: "run benchmarks/bench.py, or scaling.py with --scaling, model.py with --model, parallel.py with --parallel",
+    bench: "run benchmarks/bench.py, or gpu.py, scaling.py, model.py, parallel.py with --gpu, --scaling, ...",
     sanitize: "run the CPU kernels under the thread, address and undefined behaviour sanitizers",
     wheel: "build the sdist and the wheel into dist/",
 }
@@ -275,6 +275,7 @@ def main():
             sub.add_argument("--fix", action="store_true", help="repair what can be repaired")
         if function is bench:
             kind = sub.add_mutually_exclusive_group()
+            kind.add_argument("--gpu", action="store_true", help="the CUDA kernels, by themselves and inside jit")
             kind.add_argument("--scaling", action="store_true", help="time against dstate, length and threads")
             kind.add_argument(
                 "--model", action="store_true", help="a Mamba block and a language model, training and decoding"

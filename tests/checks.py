@@ -92,6 +92,11 @@ def cotangents(case: Case, out: Any, last_state: Any, seed: int = 1) -> tuple[An
     return out_ct, last_ct.astype(last_state.dtype)
 
 
+def for_float64(implementation: str | None) -> str | None:
+    """What computes in float64 where ``implementation`` is the choice: not the CUDA kernels (test_cuda.py)."""
+    return None if implementation == "cuda" else implementation
+
+
 def options_of(case: Case) -> ScanOptions:
     return ScanOptions(case.softplus, case.reverse, case.layout)
 
@@ -143,8 +148,8 @@ def run(
 
 def check_case(case: Case, implementation: str | None, seed: int = 0, optimize: bool = False) -> None:
     """Values, dtypes and all gradients of one case against the oracle."""
-    if case.x64 and implementation == "cuda":  # not by name, which is an error; see test_cuda.py
-        implementation = None
+    if case.x64:
+        implementation = for_float64(implementation)
     inputs = make_inputs(case, seed)
     compute = np.dtype(np.float64 if case.x64 else np.float32)
     state_dtype = np.result_type(compute, np.complex64) if case.is_complex else compute

@@ -13,7 +13,7 @@ import numpy as np
 import oracle
 import pytest
 from cases import EVERYTHING, F64, MAMBA, Case, make_inputs
-from checks import check, cotangents, jit, keywords_of, options_of, split, x64
+from checks import check, cotangents, for_float64, jit, keywords_of, options_of, split, x64
 
 import jax_sscan
 
@@ -131,7 +131,7 @@ def test_jvp_and_linearize(case: Case, implementation: str | None) -> None:
 def double_case(implementation: str | None) -> tuple[Any, Any]:
     """The tiny float64 case as (loss over a dict, dict); to be used in x64 mode."""
     arrays, rest = split(make_inputs(DOUBLE))
-    scan = scan_of(DOUBLE, rest, implementation)
+    scan = scan_of(DOUBLE, rest, for_float64(implementation))
 
     def loss(arrays: Any) -> Any:
         out, last = scan(arrays)
@@ -144,7 +144,7 @@ def test_jacfwd_equals_jacrev(implementation: str | None) -> None:
     """Forward and reverse mode are two derivations of one Jacobian."""
     with x64():
         arrays, rest = split(make_inputs(DOUBLE))
-        scan = scan_of(DOUBLE, rest, implementation)
+        scan = scan_of(DOUBLE, rest, for_float64(implementation))
         forward, reverse = jit(jax.jacfwd(scan))(arrays), jit(jax.jacrev(scan))(arrays)
         jax.tree.map(lambda f, r: np.testing.assert_allclose(f, r, rtol=1e-9, atol=1e-11), forward, reverse)
         assert all(np.abs(np.asarray(forward[0][name])).max() > 0 for name in arrays)
@@ -152,7 +152,7 @@ def test_jacfwd_equals_jacrev(implementation: str | None) -> None:
 
 def test_hessian_matches_finite_differences_of_the_gradient(implementation: str | None) -> None:
     with x64():
-        loss, arrays = double_case(implementation)
+        loss, arrays = double_case(for_float64(implementation))
         names = ("A", "delta", "u", "initial_state")
         some = {name: arrays.pop(name) for name in names}
 
@@ -174,7 +174,7 @@ def test_hessian_matches_finite_differences_of_the_gradient(implementation: str 
 def test_second_derivatives_in_every_order_of_modes(implementation: str | None) -> None:
     """Hessian times vector: reverse over reverse, reverse over forward, forward over reverse, and mapped."""
     with x64():
-        loss, arrays = double_case(implementation)
+        loss, arrays = double_case(for_float64(implementation))
         rng = np.random.default_rng(6)
         v = {name: jnp.asarray(rng.standard_normal(x.shape)) for name, x in arrays.items()}
 
