@@ -60,7 +60,8 @@ struct BackwardShared {
   // d(delta u), d(delta), y, and y again: sums over n
   alignas(16) float sums[4 * kSums];
   // Each warp's sums over its channels: by lane, state, (dB, dC), part.
-  alignas(16) float projections[kThreads / kWarp][kTile][kGroup * 2 * kParts];
+  // The odd length of a row spreads the steps of a state over the banks.
+  alignas(16) float projections[kThreads / kWarp][kTile][kGroup * 2 * kParts + 1];
   float2 vectors[kChannels];  // D, delta_bias
   // Each thread's sums of dD and d_bias, of its pairs.
   alignas(16) float4 vector_sums[Sequences::kCount * kThreads];

@@ -16,11 +16,18 @@
 namespace jax_sscan::gpu {
 namespace {
 
-constexpr int kThreads = 128, kStates = 2, kLanes = 8;
-constexpr int kChannels = kThreads / kLanes, kGroup = kStates * kLanes;
+constexpr int kThreads = 128;
+
+// 16 states at a time, on as few lanes as registers allow.
+template <typename Number>
+struct SpanShape {
+  static constexpr int kStates = 4 / NumberTraits<Number>::kParts, kLanes = 16 / kStates;
+  static constexpr int kChannels = kThreads / kLanes, kGroup = kStates * kLanes;
+};
 
 template <typename Number, Elements kElements, Layout kLayout>
-struct SpanShared {
+struct SpanShared : SpanShape<Number> {
+  using SpanShape<Number>::kChannels, SpanShape<Number>::kGroup;
   static constexpr bool kPlain = kElements != Elements::kMixed;
   using Sequences = Tile<kThreads, kChannels, 2, kElements, kLayout>;
   using Projections = Tile<kThreads, kGroup * NumberTraits<Number>::kParts, 4, kElements, kLayout>;
@@ -41,6 +48,8 @@ __global__ void __launch_bounds__(kThreads)
   using Sequences = typename Shared::Sequences;
   using Projections = typename Shared::Projections;
   constexpr bool kPlain = Shared::kPlain;
+  constexpr int kStates = Shared::kStates, kLanes = Shared::kLanes;
+  constexpr int kChannels = Shared::kChannels, kGroup = Shared::kGroup;
   constexpr int kRow = Shared::kRow, kParts = NumberTraits<Number>::kParts;
   extern __shared__ char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
@@ -221,7 +230,9 @@ __global__ void CombineKernel(const __grid_constant__ Problem p, int64_t spans,
 template <typename Number, typename Pass>
 Error Launch(const Pass& p, Plan plan, const Array& first, Number* carry, float* sum_delta,
              Stream stream) {
-  plan.shape = {kStates, kLanes, 1};
+  constexpr int kStates = SpanShape<Number>::kStates, kChannels = SpanShape<Number>::kChannels;
+  constexpr int kGroup = SpanShape<Number>::kGroup;
+  plan.shape = {kStates, SpanShape<Number>::kLanes, 1};
   plan.threads = kThreads;
   plan.block_channels = kChannels;
   plan.blocks_per_group = static_cast<int>((p.group_dim() + kChannels - 1) / kChannels);
