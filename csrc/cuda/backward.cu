@@ -236,6 +236,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kStates, kPerLane, kThrea
     WaitForCopies();
 #pragma unroll
     for (int k = 0; k < kPairs; ++k) {
+      if (!sequences.Mine(k)) continue;
       const float2 input = sequences.Widen(sequences.Take(shared.next_sequences[0], k), o.u);
       float2 dy = sequences.Widen(sequences.Take(shared.next_sequences[3], k), p.out_cotangent);
       if (o.z.data) {
@@ -387,7 +388,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kStates, kPerLane, kThrea
 #pragma unroll
           for (int rest = 4 * kFirstBit; rest < kLanes; rest *= 2) x += ShuffleXor(x, rest);
           // y is there twice. Storing it twice takes no branch, and so lets steps overlap.
-          store(second + 2 * third, x);
+          if (kLanes <= 4 * kFirstBit || lane < 4 * kFirstBit) store(second + 2 * third, x);
         } else {
 #pragma unroll
           for (int rest = kFirstBit; rest < kLanes; rest *= 2) {

@@ -149,6 +149,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     float2 gate[kPairs], skip[kPairs];
 #pragma unroll
     for (int k = 0; k < kPairs; ++k) {
+      if (!sequences.Mine(k)) continue;
       const float2 input = sequences.Widen(u.pair[k], o.u);
       const float2 first = shared.vectors[sequences.LineOf(k, 0)],
                    second = shared.vectors[sequences.LineOf(k, 1)];

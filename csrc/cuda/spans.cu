@@ -113,6 +113,7 @@ __global__ void __launch_bounds__(kThreads)
     const Rows rows = rows_of(tile);
 #pragma unroll
     for (int k = 0; k < Sequences::kCount; ++k) {
+      if (!sequences.Mine(k)) continue;
       float2 value = sequences.Widen(delta.pair[k], o.delta);
       value = {value.x + shared.vectors[sequences.LineOf(k, 0)].y,
                value.y + shared.vectors[sequences.LineOf(k, 1)].y};
