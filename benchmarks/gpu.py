@@ -87,6 +87,12 @@ def in_jit_us(call: Callable[[], Any], queued: int, repeats: int = 5) -> float:
     return statistics.median(times)
 
 
+def temp_megabytes(compiled: Any) -> float:
+    """What a compiled program asks for beside its operands and results."""
+    analysis = compiled.memory_analysis()
+    return float("nan") if analysis is None else analysis.temp_size_in_bytes / 1e6
+
+
 def floors_us(shape: Shape, dtype: str) -> dict[str, tuple[float, float]]:
     """For each pass, the times that exp2 and memory alone would take."""
     batch, dim, length, dstate = shape
@@ -105,7 +111,8 @@ def measure(shape: Shape, dtype: str, layout: str) -> list[dict[str, Any]]:
     cotangent = jax.random.normal(jax.random.key(1), args[0].shape).astype(dtype)
 
     def scan(*args: jax.Array) -> Any:
-        return jax_sscan.selective_scan(*args, True, layout=layout, implementation="cuda")
+        u, delta, A, B, C, D, z, delta_bias = args
+        return jax_sscan.selective_scan(u, delta, A, B, C, D, z, delta_bias, True, layout=layout, implementation="cuda")
 
     def both(cotangent: jax.Array, *args: jax.Array) -> Any:
         out, pull = jax.vjp(scan, *args)
@@ -117,7 +124,7 @@ def measure(shape: Shape, dtype: str, layout: str) -> list[dict[str, Any]]:
     forward = jax.jit(scan).lower(*args).compile()
     gradients = jax.jit(both).lower(cotangent, *args).compile()
     compile_s = time.perf_counter() - begin
-    temp_mb = gradients.memory_analysis().temp_size_in_bytes / 1e6
+    temp_mb = temp_megabytes(gradients)
     forward_kernels = kernel_us(lambda: forward(*args))
     kernels = kernel_us(lambda: gradients(cotangent, *args))
     saving = sum(
@@ -152,7 +159,7 @@ def measure_references(shape: Shape) -> list[dict[str, Any]]:
         ):
             compiled = jax.jit(function).lower(*args).compile()
             us = in_jit_us(lambda call=compiled: call(*args), 2, 3)
-            temp_mb = compiled.memory_analysis().temp_size_in_bytes / 1e6
+            temp_mb = temp_megabytes(compiled)
             rows.append({"shape": shape, "method": name, "pass": label, "in_jit_us": us, "temp_mb": temp_mb})
             print(f"{shape} {name} {label}: {us:.0f} us", flush=True)
     return rows
