@@ -33,7 +33,10 @@ ffi::Error CheckProblem(const char* call, const Problem& p, int64_t workspace_by
 ffi::Error Launched(gpu::Error error) {
   if (error == gpu::kSuccess) return ffi::Error::Success();
   return ffi::Error::Internal(std::string("jax_sscan: a CUDA kernel did not start: ") +
-                              gpu::Describe(error));
+                              gpu::Describe(error) +
+                              ". If this GPU has less than 164 KB of shared memory a block, as "
+                              "consumer GPUs have, it is not "
+                              "served: use implementation=\"xla\"");
 }
 
 ffi::Error ForwardImpl(gpu::Stream stream, bool delta_softplus, bool reverse, bool channel_last,
