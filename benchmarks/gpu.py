@@ -112,7 +112,9 @@ def measure(shape: Shape, dtype: str, layout: str) -> list[dict[str, Any]]:
 
     def scan(*args: jax.Array) -> Any:
         u, delta, A, B, C, D, z, delta_bias = args
-        return jax_sscan.selective_scan(u, delta, A, B, C, D, z, delta_bias, True, layout=layout, implementation="cuda")
+        return jax_sscan.selective_scan(
+            u, delta, A, B, C, D, z, delta_bias, True, layout=cast(Literal["bdl", "bld"], layout), implementation="cuda"
+        )
 
     def both(cotangent: jax.Array, *args: jax.Array) -> Any:
         out, pull = jax.vjp(scan, *args)
