@@ -8,14 +8,21 @@
 //     (over n) dA += x_t delta_t (over t)
 //
 // Work: a block takes one batch row, some channels of one group and one span, tile by tile from its
-// end. A channel's states lie on kLanes lanes, kStates on each, and a lane serves kChannels
-// adjacent channels, which share the loads of B and C and half of the sums. For each tile: forward
-// from the saved state, every state kept in registers, then back. Shared memory: delta, delta * u
-// and dy of the tile, B and C, the sums over n, and each warp's sums over channels. Sums across
-// lanes halve what they sum with every shuffle. Which register holds which state or channel depends
-// on the lane, so that what a lane keeps always comes first and needs no select. Nothing is added
-// atomically: blocks write partial sums, and a second kernel adds them in order. Cost per (b, d, t,
-// n): two exp2, 13 multiplies and FMAs, and about 4 instructions of sums.
+// end. A channel's states lie on kLanes lanes, kStates on each, and a lane serves kPerLane adjacent
+// channels, which share the loads of B and C and half of the sums. For each tile: forward from the
+// saved state, every state kept in registers, then back. Between the steps of the way forward,
+// where few states are kept yet, the gradients of the tile before are finished; between those of
+// the second half of the way back, the next tile is staged.
+//
+// Shared memory, twice, for the tile that is walked and for the one that is staged: delta, delta *
+// u and dy, B and C, and what the gradients of elements need; once: the sums over n, and each
+// warp's sums over channels. Sums across lanes halve what they sum with every shuffle. Which
+// register holds which state or channel depends on the lane, so that what a lane keeps always comes
+// first and needs no select. Nothing is added atomically: blocks write partial sums, and a second
+// kernel adds them in order.
+//
+// Cost per (b, d, t, n): two exp2, 13 multiplies and FMAs, about 4 instructions of sums, and 7
+// registers to and from shared memory (5 with 4 states and 2 channels to a lane).
 #include <type_traits>
 
 #include "cuda/scan.h"
@@ -26,10 +33,10 @@ namespace {
 
 __host__ __device__ constexpr int Log2(int x) { return x <= 1 ? 0 : 1 + Log2(x / 2); }
 
-// Warps to a multiprocessor: 12 leave each thread 168 registers, 8 leave it 255, which the history
-// of 8 states needs.
+// Threads to a multiprocessor: 384 leave each 168 registers, 256 leave it 255, which the history of
+// 8 states needs.
 template <int kStates, int kPerLane, int kThreads>
-constexpr int kMinBlocks = (kStates * kPerLane > 4 ? 256 : 384) / kThreads;
+constexpr int kMinBlocks = kThreads > 384 ? 1 : (kStates * kPerLane > 4 ? 256 : 384) / kThreads;
 
 template <typename Number, int kStates, int kLanes, int kPerLane, int kThreads, Elements kElements,
           Layout kLayout>
@@ -43,56 +50,43 @@ struct BackwardShared {
   static constexpr int kRows = kPlain || kTile > kChannels ? kTile : kChannels;
   // 8 more, so that lanes that store different sums use different banks.
   static constexpr int kSums = Sequences::kCells + 8;
-  alignas(16) float2 steps[Sequences::kCells];  // delta, delta * u
-  alignas(16) float dy[Sequences::kCells];
-  // For the thread that computes the gradients of an element: u, the slope of softplus, and the
-  // cotangent of out times the slope of silu.
-  alignas(16) float input[Sequences::kCells];
-  alignas(16) float slope[Sequences::kCells];
-  alignas(16) float d_gate[Sequences::kCells];
   // One copy for each order in which lanes hold their states: state n is at n ^ i in copy i. A
   // fixed B or C has one copy.
   static constexpr int kCopies = kPlain ? kStates : 1;
   static constexpr int kCopy =
       kRows * kRow + 16;  // so that lanes that read two copies use all banks
-  alignas(16) Number B[kCopies * kCopy];
-  alignas(16) Number C[kCopies * kCopy];
-  // d(delta u), d(delta), y, and y again: sums over n
-  alignas(16) float sums[4 * kSums];
-  // Each warp's sums over its channels: by lane, state, (dB, dC), part.
+  static constexpr int kPairs = Sequences::kCount * kThreads;
+  struct Staged {
+    alignas(16) float2 steps[Sequences::kCells];  // delta, delta * u
+    alignas(16) float dy[Sequences::kCells];
+    // What the thread that staged a pair needs again for its gradients: u and the slope of
+    // softplus; the cotangent of out times the slope of silu.
+    alignas(16) float4 inputs[kPairs];
+    alignas(16) float2 gates[kPairs];
+    uint32_t restarts;
+  };
+  struct StagedProjections {
+    alignas(16) Number B[kCopies * kCopy];
+    alignas(16) Number C[kCopies * kCopy];
+  };
+  // One is walked, the other staged.
+  Staged sequences[2];
+  StagedProjections projections[2];
+  // d(delta u), d(delta), y: sums over n. Then a cell for each thread that has nothing to store: a
+  // branch would keep steps apart.
+  alignas(16) float sums[3 * kSums + kThreads];
+  // Each warp's sums over its channels: (dB, dC), state, part.
   // The odd length of a row spreads the steps of a state over the banks.
-  alignas(16) float projections[kThreads / kWarp][kTile][kGroup * 2 * kParts + 1];
+  alignas(16) float channel_sums[kThreads / kWarp][kTile][kGroup * 2 * kParts + 1];
   float2 vectors[kChannels];  // D, delta_bias
-  // Each thread's sums of dD and d_bias, of its pairs.
-  alignas(16) float4 vector_sums[Sequences::kCount * kThreads];
+  // Each thread's sums of dD and d_bias. Its pairs are of the same channels where channels are
+  // last.
+  static constexpr int kVectorSums = kLayout == Layout::kChannelLast ? 1 : Sequences::kCount;
+  alignas(16) float4 vector_sums[kVectorSums * kThreads];
   // What comes next, as it lies in memory: u, delta, z, cotangent of out; B, C.
-  uint2 next_sequences[4][Sequences::kCount * kThreads];
-  uint2 next_projections[2][Projections::kCount * kThreads];
-  uint32_t restarts;
+  typename Sequences::Slot next_sequences[4][kPairs];
+  typename Projections::Slot next_projections[2][Projections::kCount * kThreads];
 };
-
-// The sum over the lanes that differ in the bits of kMask, of kCount values at once, halved at each
-// bit, the lowest first: the upper lane keeps the second half. A lane ends with values[0 .. held).
-// The first kFree halvings need no select, since upper lanes hold their halves the other way round.
-template <int kCount, int kFree, int kBit, int kEnd>
-__device__ inline void SumHalves(float* values) {
-  if constexpr (kBit < kEnd) {
-    if constexpr (kCount > 1) {
-      constexpr int kHalf = kCount / 2;
-      const bool upper = kFree > 0 ? false : (threadIdx.x & kBit) != 0;
-#pragma unroll
-      for (int i = 0; i < kHalf; ++i) {
-        const float kept = upper ? values[i + kHalf] : values[i];
-        const float sent = upper ? values[i] : values[i + kHalf];
-        values[i] = kept + ShuffleXor(sent, kBit);
-      }
-      SumHalves<kHalf, kFree - 1, kBit * 2, kEnd>(values);
-    } else {
-      values[0] += ShuffleXor(values[0], kBit);
-      SumHalves<1, 0, kBit * 2, kEnd>(values);
-    }
-  }
-}
 
 __device__ inline void Split(float x, float* to) { to[0] = x; }
 __device__ inline void Split(Complex x, float* to) { to[0] = x.re, to[1] = x.im; }
@@ -105,18 +99,22 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kStates, kPerLane, kThrea
   using Shared = BackwardShared<Number, kStates, kLanes, kPerLane, kThreads, kElements, kLayout>;
   using Sequences = typename Shared::Sequences;
   using Projections = typename Shared::Projections;
+  using Staged = typename Shared::Staged;
+  using StagedProjections = typename Shared::StagedProjections;
   constexpr int kChannels = Shared::kChannels, kGroup = Shared::kGroup, kParts = Shared::kParts;
   constexpr bool kPlain = Shared::kPlain;
   constexpr int kStep = Shared::kStep, kRow = Shared::kRow;
   extern __shared__ char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   // Only where there are several groups of states: (groups, kStates * kPerLane, threads) of each.
-  const int waiting_count = plan.state_groups * kStates * kPerLane * kThreads;
+  // 16 states or fewer are always one group.
+  const int groups = kPlain && kGroup <= 16 ? 1 : plan.state_groups;
+  const int waiting_count = groups * kStates * kPerLane * kThreads;
   Number* waiting_adjoint = reinterpret_cast<Number*>(memory + sizeof(Shared)) + threadIdx.x;
   Number* waiting_dA = waiting_adjoint + waiting_count;
   Number* waiting_dB = waiting_dA + waiting_count;
   Number* waiting_dC = waiting_dB + waiting_count;
-  const bool waits = plan.state_groups > 1;
+  const bool waits = groups > 1;
 
   const Operands& o = p.operands;
   const Block block(p, plan);
@@ -125,7 +123,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kStates, kPerLane, kThrea
   const Projections projections(ProjectionLines<kParts>(p, block), p.reverse);
   StageVectors<kThreads, kChannels>(p, block, shared.vectors);
   const bool B_varies = kPlain || p.B_varies, C_varies = kPlain || p.C_varies;
-
+  const bool has_z = o.z.data != nullptr;
   const int lane = threadIdx.x % kLanes;
   // Lanes that differ in their channels, and how many of those bits serve to swap states.
   constexpr int kAcross = kWarp / kLanes;
@@ -165,7 +163,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kStates, kPerLane, kThrea
   auto place_of = [&](int group, int i, int j) {
     return ((group * kStates + i) * kPerLane + j) * kThreads;
   };
-  for (int group = 0; group < plan.state_groups; ++group) {
+  for (int group = 0; group < groups; ++group) {
     each([&](int i, int j) {
       const int64_t n = state_of(group, i);
       const int channel = channel_of(j);
@@ -191,118 +189,198 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kStates, kPerLane, kThrea
   }
   load_group(0);
 
-  auto load_tile = [&](const Rows& rows) {
-    sequences.Prefetch(o.u, rows, shared.next_sequences[0]);
-    sequences.Prefetch(o.delta, rows, shared.next_sequences[1]);
-    if (o.z.data) sequences.Prefetch(o.z, rows, shared.next_sequences[2]);
-    sequences.Prefetch(p.out_cotangent, rows, shared.next_sequences[3]);
+  auto rows_of = [&](int tile) {
+    return Rows(p, plan, tile, p.reverse, first_tile <= tile && tile < last_tile);
   };
+  int64_t next_sequences = sequences.At(rows_of(last_tile - 1));
+  int64_t finished = next_sequences + sequences.Stride();
+  auto load_sequences = [&](const Rows& rows) {
+    sequences.Prefetch(o.u, next_sequences, rows, shared.next_sequences[0]);
+    sequences.Prefetch(o.delta, next_sequences, rows, shared.next_sequences[1]);
+    sequences.Prefetch(o.z, next_sequences, rows, shared.next_sequences[2], 0, has_z);
+    sequences.Prefetch(p.out_cotangent, next_sequences, rows, shared.next_sequences[3]);
+    next_sequences -= sequences.Stride();
+  };
+  int64_t next_projections = projections.At(rows_of(last_tile - 1));
   auto load_projections = [&](const Rows& rows, int group) {
     const int line = group * kGroup * kParts;
-    if (B_varies) projections.Prefetch(o.B, rows, shared.next_projections[0], line);
-    if (C_varies) projections.Prefetch(o.C, rows, shared.next_projections[1], line);
+    const int64_t at = waits ? projections.At(rows, line) : next_projections;
+    projections.Prefetch(o.B, at, rows, shared.next_projections[0], line, B_varies);
+    projections.Prefetch(o.C, at, rows, shared.next_projections[1], line, C_varies);
+    SendCopies();
+    next_projections -= projections.Stride();
   };
-  auto stage_projection = [&](const Array& from, bool varies, const uint2* slots, int group,
-                              Number* to) {
-    if (!varies)
-      return StageFixed<Number, kThreads, kChannels, kGroup, kRow>(p, block, from, group * kGroup,
-                                                                   to);
-#pragma unroll
-    for (int k = 0; k < Projections::kCount; ++k) {
+  // No branches in what follows: they would keep steps and staging apart.
+  auto stage_sequences = [&](const Rows& rows, int k, Staged& to) {
+    if (!sequences.Mine(k)) return;
+    const float2 input = sequences.Widen(sequences.Take(shared.next_sequences[0], k), o.u);
+    float2 dy = sequences.Widen(sequences.Take(shared.next_sequences[3], k), p.out_cotangent);
+    const float2 x = sequences.Widen(sequences.Take(shared.next_sequences[2], k), o.z);
+    const float2 sigmoid{Sigmoid<kExact<kElements>>(x.x), Sigmoid<kExact<kElements>>(x.y)};
+    // The derivative of silu.
+    const float2 d_gate{dy.x * (sigmoid.x * fmaf(x.x, 1.0f - sigmoid.x, 1.0f)),
+                        dy.y * (sigmoid.y * fmaf(x.y, 1.0f - sigmoid.y, 1.0f))};
+    dy = {has_z ? dy.x * (x.x * sigmoid.x) : dy.x, has_z ? dy.y * (x.y * sigmoid.y) : dy.y};
+    float2 delta = sequences.Widen(sequences.Take(shared.next_sequences[1], k), o.delta);
+    delta = {delta.x + shared.vectors[sequences.LineOf(k, 0)].y,
+             delta.y + shared.vectors[sequences.LineOf(k, 1)].y};
+    const Softplus<kExact<kElements>> first(delta.x), second(delta.y);
+    delta = p.delta_softplus ? float2{first.value, second.value} : delta;
+    float2 slope = p.delta_softplus ? float2{first.slope, second.slope} : float2{1.0f, 1.0f};
+    // Steps that are not there have delta 0, whatever the bias.
+    const bool has_first = sequences.Exists(k, 0, rows), has_second = sequences.Exists(k, 1, rows);
+    delta = {has_first ? delta.x : 0.0f, has_second ? delta.y : 0.0f};
+    slope = {has_first ? slope.x : 0.0f, has_second ? slope.y : 0.0f};
+    sequences.Put(to.steps, k, {delta.x, delta.x * input.x}, {delta.y, delta.y * input.y});
+    // y = 2 Re sum C h for complex numbers: the walk sees its cotangent doubled.
+    sequences.Put(to.dy, k, dy.x * kParts, dy.y * kParts);
+    const int place = k * kThreads + threadIdx.x;
+    to.inputs[place] = {input.x, input.y, slope.x, slope.y};
+    to.gates[place] = d_gate;
+  };
+  auto stage_varying = [&](int k, StagedProjections& to) {
+    auto stage = [&](const Array& from, const typename Projections::Slot* slots, Number* at) {
       const float2 x = projections.Widen(projections.Take(slots, k), from);
       if constexpr (kPlain) {
-        if (!projections.Mine(k)) continue;
+        if (!projections.Mine(k)) return;
         const int first = projections.LineOf(k, 0), second = projections.LineOf(k, 1);
 #pragma unroll
         for (int i = 0; i < Shared::kCopies; ++i) {
-          to[i * Shared::kCopy + projections.Cell(k, 0) + (first ^ i) - first] = x.x;
-          to[i * Shared::kCopy + projections.Cell(k, 1) + (second ^ i) - second] = x.y;
+          at[i * Shared::kCopy + projections.Cell(k, 0) + (first ^ i) - first] = x.x;
+          at[i * Shared::kCopy + projections.Cell(k, 1) + (second ^ i) - second] = x.y;
         }
       } else {
-        projections.Put(reinterpret_cast<float*>(to), k, x.x, x.y);
+        projections.Put(reinterpret_cast<float*>(at), k, x.x, x.y);
+      }
+    };
+    if (B_varies) stage(o.B, shared.next_projections[0], to.B);
+    if (C_varies) stage(o.C, shared.next_projections[1], to.C);
+  };
+  auto stage_fixed = [&](int group, StagedProjections& to) {
+    auto stage = [&](const Array& from, Number* at) {
+      StageFixed<Number, kThreads, kChannels, kGroup, kRow>(p, block, from, group * kGroup, at);
+    };
+    if (!B_varies) stage(o.B, to.B);
+    if (!C_varies) stage(o.C, to.C);
+  };
+  auto stage_restarts = [&](const Rows& rows, Staged& to) {
+    if (kPlain || !p.has_segments || threadIdx.x >= kWarp) return;
+    const uint32_t restarts = Restarts(p, block.row, rows);
+    if (threadIdx.x == 0) to.restarts = restarts;
+  };
+  float4* const vector_sums = shared.vector_sums + threadIdx.x;
+  auto finish = [&](const Rows& rows, int k, const Staged& from) {
+    if (!sequences.Mine(k)) return;
+    const int place = k * kThreads + threadIdx.x;
+    const float2 D{shared.vectors[sequences.LineOf(k, 0)].x,
+                   shared.vectors[sequences.LineOf(k, 1)].x};
+    const float4 inputs = from.inputs[place];
+    const float2 input{inputs.x, inputs.y}, slope{inputs.z, inputs.w}, d_gate = from.gates[place];
+    const float2 delta{from.steps[sequences.Cell(k, 0)].x, from.steps[sequences.Cell(k, 1)].x};
+    float2 dy = sequences.Get(from.dy, k);
+    dy = {dy.x * (1.0f / kParts), dy.y * (1.0f / kParts)};
+    const float2 d_input = sequences.Get(shared.sums, k),
+                 y = sequences.Get(shared.sums + 2 * Shared::kSums, k);
+    float2 d_delta = sequences.Get(shared.sums + Shared::kSums, k);
+    sequences.Store(p.cotangents.u, finished, rows, k, fmaf(d_input.x, delta.x, D.x * dy.x),
+                    fmaf(d_input.y, delta.y, D.y * dy.y));
+    d_delta = {fmaf(d_input.x, input.x, d_delta.x * kRateUnit) * slope.x,
+               fmaf(d_input.y, input.y, d_delta.y * kRateUnit) * slope.y};
+    sequences.Store(p.cotangents.delta, finished, rows, k, d_delta.x, d_delta.y);
+    sequences.Store(p.cotangents.z, finished, rows, k, d_gate.x * fmaf(kParts, y.x, D.x * input.x),
+                    d_gate.y * fmaf(kParts, y.y, D.y * input.y), has_z);
+    // Nothing was walked yet before the first tile.
+    const bool exists = rows.steps > 0;
+    float4& at = vector_sums[k % Shared::kVectorSums * kThreads];
+    const float4 sum = at;
+    at = {exists ? fmaf(dy.x, input.x, sum.x) : 0.0f, exists ? fmaf(dy.y, input.y, sum.y) : 0.0f,
+          exists ? sum.z + d_delta.x : 0.0f, exists ? sum.w + d_delta.y : 0.0f};
+  };
+  // The block's sums over channels, into its own part of the workspace.
+  auto finish_projections = [&](const Rows& rows, int group) {
+    constexpr int kSums = kTile * kGroup;
+#pragma unroll
+    for (int i0 = 0; i0 < kSums; i0 += kThreads) {
+      const int i = i0 + threadIdx.x;
+      const int offset = p.channel_last ? i / kGroup : i % kTile;
+      const int n = p.channel_last ? i % kGroup : i / kTile;
+      if (i >= kSums || offset >= rows.steps || group * kGroup + n >= p.dstate) continue;
+      const int64_t t = rows.t0 + offset, state = group * kGroup + n;
+      const int64_t block_index =
+          (block.row * p.groups + block.group) * plan.blocks_per_group + block.index_in_group;
+      const int64_t to = block_index * p.length * p.dstate +
+                         (p.channel_last ? t * p.dstate + state : state * p.length + t);
+      float sums[2][kParts] = {};
+#pragma unroll
+      for (int warp = 0; warp < kThreads / kWarp; ++warp)
+#pragma unroll
+        for (int k = 0; k < 2 * kParts; ++k)
+          sums[k / kParts][k % kParts] +=
+              shared.channel_sums[warp][rows.Row(offset)]
+                                 [(k / kParts * kGroup + n) * kParts + k % kParts];
+      float* to_B = reinterpret_cast<float*>(base + workspace.dB) + to * kParts;
+      float* to_C = reinterpret_cast<float*>(base + workspace.dC) + to * kParts;
+#pragma unroll
+      for (int k = 0; k < kParts; ++k) {
+        if (kPlain || B_varies) to_B[k] = sums[0][k];
+        if (kPlain || C_varies) to_C[k] = sums[1][k];
       }
     }
   };
-  load_tile(Rows(p, plan, last_tile - 1, p.reverse));
-  load_projections(Rows(p, plan, last_tile - 1, p.reverse), 0);
+  // The states on entering a tile, saved by the forward pass.
+  Number entering[kStates][kPerLane];
+  const int64_t states_stride = (p.reverse ? -p.dstate : p.dstate) * p.dim;  // of a tile
+  const Number* states = static_cast<const Number*>(p.states.data) +
+                         TransposedIndex(p, block,
+                                         block.row * (plan.tiles - 1) +
+                                             (p.reverse ? plan.tiles - last_tile : last_tile - 2),
+                                         threadIdx.x / kLanes * kPerLane, lane * kStates);
+  auto load_states = [&](int tile, int group) {
+    each([&](int i, int j) {
+      const bool exists =
+          tile > 0 && channel_of(j) < block.channels && state_of(group, i) < p.dstate;
+      const Number* from =
+          states + (group * kGroup + (i ^ state_swap)) * p.dim + (j ^ channel_swap);
+      entering[i][j] = exists ? *from : Number{};
+    });
+    if (group + 1 == groups) states -= states_stride;
+  };
+  auto load_initial_state = [&](int group) {
+    each([&](int i, int j) {
+      const int64_t n = state_of(group, i);
+      const int channel = channel_of(j);
+      if (channel < block.channels && n < p.dstate)
+        entering[i][j] =
+            static_cast<const Number*>(o.initial_state.data)[StateIndex(p, block, channel, n)];
+    });
+  };
+
+  constexpr int kProjectionPairs = Projections::kCount;
+  load_sequences(rows_of(last_tile - 1));
+  load_projections(rows_of(last_tile - 1), 0);
+  load_states(last_tile - 1, 0);
+  WaitForCopies();
   __syncthreads();
-
-  float4* const vector_sums = shared.vector_sums + threadIdx.x;
 #pragma unroll
-  for (int k = 0; k < kPairs; ++k) vector_sums[k * kThreads] = {0.0f, 0.0f, 0.0f, 0.0f};
+  for (int k = 0; k < kPairs; ++k) stage_sequences(rows_of(last_tile - 1), k, shared.sequences[0]);
+#pragma unroll
+  for (int k = 0; k < kProjectionPairs; ++k) stage_varying(k, shared.projections[0]);
+  stage_fixed(0, shared.projections[0]);
+  stage_restarts(rows_of(last_tile - 1), shared.sequences[0]);
 
+  int turn = 0;  // of the projections' buffers
   for (int tile = last_tile - 1; tile >= first_tile; --tile) {
-    const Rows rows(p, plan, tile, p.reverse);
-    WaitForCopies();
-#pragma unroll
-    for (int k = 0; k < kPairs; ++k) {
-      if (!sequences.Mine(k)) continue;
-      const float2 input = sequences.Widen(sequences.Take(shared.next_sequences[0], k), o.u);
-      float2 dy = sequences.Widen(sequences.Take(shared.next_sequences[3], k), p.out_cotangent);
-      if (o.z.data) {
-        const float2 x = sequences.Widen(sequences.Take(shared.next_sequences[2], k), o.z);
-        const float2 sigmoid{Sigmoid(x.x), Sigmoid(x.y)};
-        // The derivative of silu.
-        sequences.Put(shared.d_gate, k, dy.x * (sigmoid.x * fmaf(x.x, 1.0f - sigmoid.x, 1.0f)),
-                      dy.y * (sigmoid.y * fmaf(x.y, 1.0f - sigmoid.y, 1.0f)));
-        dy = {dy.x * (x.x * sigmoid.x), dy.y * (x.y * sigmoid.y)};
-      }
-      float2 value = sequences.Widen(sequences.Take(shared.next_sequences[1], k), o.delta),
-             slope{1.0f, 1.0f};
-      value = {value.x + shared.vectors[sequences.LineOf(k, 0)].y,
-               value.y + shared.vectors[sequences.LineOf(k, 1)].y};
-      if (p.delta_softplus) {
-        const Softplus first(value.x), second(value.y);
-        value = {first.value, second.value};
-        slope = {first.slope, second.slope};
-      }
-      // Steps that are not there have delta 0, whatever the bias.
-      if (!sequences.Exists(k, 0, rows)) value.x = slope.x = 0.0f;
-      if (!sequences.Exists(k, 1, rows)) value.y = slope.y = 0.0f;
-      sequences.Put(shared.steps, k, {value.x, value.x * input.x}, {value.y, value.y * input.y});
-      // y = 2 Re sum C h for complex numbers: the walk sees its cotangent doubled.
-      sequences.Put(shared.dy, k, dy.x * kParts, dy.y * kParts);
-      sequences.Put(shared.input, k, input.x, input.y);
-      sequences.Put(shared.slope, k, slope.x, slope.y);
-    }
-    uint32_t restarts = 0;
-    if (!kPlain && p.has_segments && threadIdx.x < kWarp) {
-      restarts = Restarts(p, block.row, rows);
-      if (threadIdx.x == 0) shared.restarts = restarts;
-    }
-
-    for (int group = 0; group < plan.state_groups; ++group) {
-      if (group) {
-        WaitForCopies();
-        __syncthreads();
-      }
-      // The state on entering the tile.
+    const Rows previous = rows_of(tile + 1), rows = rows_of(tile), next = rows_of(tile - 1);
+    Staged& staged = shared.sequences[(last_tile - 1 - tile) & 1];
+    Staged& staging = shared.sequences[(last_tile - tile) & 1];
+    for (int group = 0; group < groups; ++group, turn ^= 1) {
+      const bool last_group = group + 1 == groups;
+      const int next_group = last_group ? 0 : group + 1;
+      StagedProjections& staged_projections = shared.projections[turn];
+      StagedProjections& staging_projections = shared.projections[turn ^ 1];
+      if (!tile && o.initial_state.data) load_initial_state(group);
       Number history[kTile + 1][kStates][kPerLane];
-      each([&](int i, int j) {
-        const int64_t n = state_of(group, i);
-        const int channel = channel_of(j);
-        Number x{};
-        if (channel < block.channels && n < p.dstate) {
-          if (tile) {
-            const int saved = p.reverse ? plan.tiles - 1 - tile : tile - 1;
-            x = static_cast<const Number*>(p.states.data)[TransposedIndex(
-                p, block, block.row * (plan.tiles - 1) + saved, channel, n)];
-          } else if (o.initial_state.data) {
-            x = static_cast<const Number*>(o.initial_state.data)[StateIndex(p, block, channel, n)];
-          }
-        }
-        history[0][i][j] = x;
-      });
-      stage_projection(o.B, B_varies, shared.next_projections[0], group, shared.B);
-      stage_projection(o.C, C_varies, shared.next_projections[1], group, shared.C);
-      __syncthreads();
-      if (!kPlain && p.has_segments) restarts = shared.restarts;
-      if (group + 1 < plan.state_groups) {
-        load_projections(rows, group + 1);
-      } else if (tile > first_tile) {
-        load_tile(Rows(p, plan, tile - 1, p.reverse));
-        load_projections(Rows(p, plan, tile - 1, p.reverse), 0);
-      }
+      each([&](int i, int j) { history[0][i][j] = entering[i][j]; });
       if (waits) {
         load_group(group);
         each([&](int i, int j) {
@@ -312,6 +390,18 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kStates, kPerLane, kThrea
           if constexpr (!kPlain) dB[i][j] = waiting_dB[place], dC[i][j] = waiting_dC[place];
         });
       }
+      // What was staged is there, and so are all sums of the walk before; everyone is done with
+      // what lay where now is staged.
+      __syncthreads();
+      // Loaded here, staged in the second half of the walk back.
+      if (last_group) load_sequences(next);
+      load_projections(last_group ? next : rows, next_group);
+      const uint32_t restarts = !kPlain && p.has_segments ? staged.restarts : 0;
+      if (!kPlain) {
+        stage_fixed(next_group, staging_projections);
+        if (last_group) stage_restarts(next, staging);
+      }
+      finish_projections(group ? rows : previous, group ? group - 1 : groups - 1);
 
       // B or C of a row, for a lane's states and channels; a fixed one differs between channels.
       auto load = [&](const Number* from, bool varies, int row, Number(&to)[kStates][kPerLane]) {
@@ -327,13 +417,15 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kStates, kPerLane, kThrea
         }
       };
 
+      // The tile before is finished on the way, as long as there are registers without a history.
 #pragma unroll
       for (int t = 0; t < kTile; ++t) {
         float2 step[kPerLane];
 #pragma unroll
-        for (int j = 0; j < kPerLane; ++j) step[j] = shared.steps[t * kStep + channel_of(j)];
+        for (int j = 0; j < kPerLane; ++j) step[j] = staged.steps[t * kStep + channel_of(j)];
         Number b[kStates][kPerLane];
-        load(shared.B, B_varies, t, b);
+        load(staged_projections.B, B_varies, t, b);
+        if (t % 2 && t / 2 < kPairs && !group) finish(previous, t / 2, staging);
         each([&](int i, int j) {
           Number h = history[t][i][j];
           if constexpr (!kPlain) h = Unless(restarts & 1u << t, h);
@@ -360,8 +452,11 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kStates, kPerLane, kThrea
           if (across >> bit & 1) first += kValues >> (bit + 1);
         if (kHalvings == Log2(kAcross) || across >> kHalvings == 0) {
 #pragma unroll
-          for (int i = 0; i < kHeld; ++i)
-            shared.projections[threadIdx.x / kWarp][t][lane * kValues + first + i] = values[i];
+          for (int i = 0; i < kHeld; ++i) {
+            const int value = first + i, n = lane * kStates + value / (2 * kParts);
+            shared.channel_sums[threadIdx.x / kWarp][t][(value / kParts % 2 * kGroup + n) * kParts +
+                                                        value % kParts] = values[i];
+          }
         }
 
         // Over states: first the channels part, then d_input and d_delta, then those and y.
@@ -374,8 +469,9 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kStates, kPerLane, kThrea
           channel = channel_swap;
         }
         channel += threadIdx.x / kLanes * kPerLane;
-        auto store = [&](int sum, float x) {
-          float& to = shared.sums[sum * Shared::kSums + t * kStep + channel];
+        auto store = [&](bool mine, int sum, float x) {
+          float& to = shared.sums[mine ? sum * Shared::kSums + t * kStep + channel
+                                       : 3 * Shared::kSums + threadIdx.x];
           to = waits && group ? to + x : x;
         };
         constexpr int kFirstBit = kSwapsChannels ? 2 : 1;
@@ -387,8 +483,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kStates, kPerLane, kThrea
           x = (third ? sum_y : x) + ShuffleXor(third ? x : sum_y, 2 * bit);
 #pragma unroll
           for (int rest = 4 * kFirstBit; rest < kLanes; rest *= 2) x += ShuffleXor(x, rest);
-          // y is there twice. Storing it twice takes no branch, and so lets steps overlap.
-          if (kLanes <= 4 * kFirstBit || lane < 4 * kFirstBit) store(second + 2 * third, x);
+          // y is there twice.
+          store(!(second && third) && lane < 4 * kFirstBit, second + 2 * third, x);
         } else {
 #pragma unroll
           for (int rest = kFirstBit; rest < kLanes; rest *= 2) {
@@ -396,16 +492,30 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kStates, kPerLane, kThrea
             partial.d_delta[0] += ShuffleXor(partial.d_delta[0], rest);
             partial.y[0] += ShuffleXor(partial.y[0], rest);
           }
-          if (lane < kFirstBit) {
-            store(0, partial.d_input[0]);
-            store(1, partial.d_delta[0]);
-            store(2, partial.y[0]);
-          }
+          store(lane < kFirstBit, 0, partial.d_input[0]);
+          store(lane < kFirstBit, 1, partial.d_delta[0]);
+          store(lane < kFirstBit, 2, partial.y[0]);
         }
       };
 
+      // All sums of the walk before have been used.
+      __syncthreads();
+
       // A step is summed while the next is computed: the loads of the next come first, since the
-      // compiler moves no load across the stores of the sums.
+      // compiler moves no load across the stores of the sums. The next tile is staged on the way,
+      // as soon as the history is half used up.
+      constexpr int kJobs = kPairs + kProjectionPairs;
+      static_assert(kJobs <= kTile / 2);
+      auto job = [&](int t) {
+        const int i = kTile / 2 - 1 - t;
+        if (i < 0) return;
+        if (i == 0) {
+          WaitForCopies();
+          load_states(last_group ? tile - 1 : tile, next_group);
+        }
+        if (i < kPairs && last_group) stage_sequences(next, i, staging);
+        if (i >= kPairs && i < kJobs) stage_varying(i - kPairs, staging_projections);
+      };
       Partial pending;
 #pragma unroll
       for (int t = kTile - 1; t >= 0; --t) {
@@ -414,14 +524,15 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kStates, kPerLane, kThrea
         Partial partial;
 #pragma unroll
         for (int j = 0; j < kPerLane; ++j) {
-          step[j] = shared.steps[t * kStep + channel_of(j)];
-          dy[j] = shared.dy[t * kStep + channel_of(j)];
+          step[j] = staged.steps[t * kStep + channel_of(j)];
+          dy[j] = staged.dy[t * kStep + channel_of(j)];
           partial.d_input[j] = partial.d_delta[j] = partial.y[j] = 0.0f;
         }
         Number b[kStates][kPerLane], c[kStates][kPerLane];
-        load(shared.B, B_varies, t, b);
-        load(shared.C, C_varies, t, c);
+        load(staged_projections.B, B_varies, t, b);
+        load(staged_projections.C, C_varies, t, c);
         if (t + 1 < kTile) sum_over_lanes(t + 1, pending);
+        job(t);
         const bool restart = !kPlain && restarts & 1u << t;
 #pragma unroll
         for (int i = 0; i < kStates; ++i) {
@@ -470,68 +581,17 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kStates, kPerLane, kThrea
           if constexpr (!kPlain) waiting_dB[place] = dB[i][j], waiting_dC[place] = dC[i][j];
         });
       }
-      __syncthreads();
-
-      // The block's sums over channels, into its own part of the workspace.
-      constexpr int kSums = kTile * kGroup;
-#pragma unroll
-      for (int i0 = 0; i0 < kSums; i0 += kThreads) {
-        const int i = i0 + threadIdx.x;
-        const int offset = p.channel_last ? i / kGroup : i % kTile;
-        const int n = p.channel_last ? i % kGroup : i / kTile;
-        if (i >= kSums || offset >= rows.steps || group * kGroup + n >= p.dstate) continue;
-        const int64_t t = rows.t0 + offset, state = group * kGroup + n;
-        const int64_t block_index =
-            (block.row * p.groups + block.group) * plan.blocks_per_group + block.index_in_group;
-        const int64_t to = block_index * p.length * p.dstate +
-                           (p.channel_last ? t * p.dstate + state : state * p.length + t);
-        float sums[2 * kParts] = {};
-#pragma unroll
-        for (int warp = 0; warp < kThreads / kWarp; ++warp)
-#pragma unroll
-          for (int k = 0; k < 2 * kParts; ++k)
-            sums[k] += shared.projections[warp][rows.Row(offset)][n * 2 * kParts + k];
-        float* to_B = reinterpret_cast<float*>(base + workspace.dB) + to * kParts;
-        float* to_C = reinterpret_cast<float*>(base + workspace.dC) + to * kParts;
-#pragma unroll
-        for (int k = 0; k < kParts; ++k) {
-          if (kPlain || B_varies) to_B[k] = sums[k];
-          if (kPlain || C_varies) to_C[k] = sums[kParts + k];
-        }
-      }
     }
-
-#pragma unroll
-    for (int k = 0; k < kPairs; ++k) {
-      if (!sequences.Mine(k)) continue;
-      const float2 D{shared.vectors[sequences.LineOf(k, 0)].x,
-                     shared.vectors[sequences.LineOf(k, 1)].x};
-      const float2 input = sequences.Get(shared.input, k), slope = sequences.Get(shared.slope, k);
-      const float2 d_input = sequences.Get(shared.sums, k);
-      float2 dy = sequences.Get(shared.dy, k),
-             d_delta = sequences.Get(shared.sums + Shared::kSums, k);
-      dy = {dy.x * (1.0f / kParts), dy.y * (1.0f / kParts)};
-      const float first = shared.steps[sequences.Cell(k, 0)].x,
-                  second = shared.steps[sequences.Cell(k, 1)].x;
-      sequences.Store(p.cotangents.u, rows, k, fmaf(d_input.x, first, D.x * dy.x),
-                      fmaf(d_input.y, second, D.y * dy.y));
-      d_delta = {fmaf(d_input.x, input.x, d_delta.x * kRateUnit) * slope.x,
-                 fmaf(d_input.y, input.y, d_delta.y * kRateUnit) * slope.y};
-      sequences.Store(p.cotangents.delta, rows, k, d_delta.x, d_delta.y);
-      if (o.z.data) {
-        const float2 y = sequences.Get(shared.sums + 2 * Shared::kSums, k);
-        const float2 d_gate = sequences.Get(shared.d_gate, k);
-        sequences.Store(p.cotangents.z, rows, k, d_gate.x * fmaf(kParts, y.x, D.x * input.x),
-                        d_gate.y * fmaf(kParts, y.y, D.y * input.y));
-      }
-      const float4 sum = vector_sums[k * kThreads];
-      vector_sums[k * kThreads] = {fmaf(dy.x, input.x, sum.x), fmaf(dy.y, input.y, sum.y),
-                                   sum.z + d_delta.x, sum.w + d_delta.y};
-    }
+    finished -= sequences.Stride();
   }
+  __syncthreads();
+  finish_projections(rows_of(first_tile), groups - 1);
+#pragma unroll
+  for (int k = 0; k < kPairs; ++k)
+    finish(rows_of(first_tile), k, shared.sequences[(last_tile - 1 - first_tile) & 1]);
 
   const int64_t slot = block.span * p.batch + block.row;
-  for (int group = 0; group < plan.state_groups; ++group) {
+  for (int group = 0; group < groups; ++group) {
     each([&](int i, int j) {
       const int64_t n = state_of(group, i);
       const int channel = channel_of(j), place = place_of(group, i, j);
@@ -556,7 +616,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kStates, kPerLane, kThrea
   float* sum_bias = shared.sums + Shared::kSums;
 #pragma unroll
   for (int k = 0; k < kPairs; ++k) {
-    const float4 sum = vector_sums[k * kThreads];
+    float4 sum{0.0f, 0.0f, 0.0f, 0.0f};
+    if (k < Shared::kVectorSums) sum = vector_sums[k * kThreads];
     sequences.Put(sum_D, k, sum.x, sum.y);
     sequences.Put(sum_bias, k, sum.z, sum.w);
   }
@@ -615,11 +676,16 @@ Error Launch(const Backward& p, const Plan& plan, const BackwardWorkspace& works
              Stream stream) {
   const auto kernel =
       BackwardKernel<Number, kStates, kLanes, kPerLane, kThreads, kElements, kLayout>;
-  int bytes =
+  constexpr bool kPlain = kElements != Elements::kMixed;
+  constexpr int kShared =
       sizeof(BackwardShared<Number, kStates, kLanes, kPerLane, kThreads, kElements, kLayout>);
-  if (plan.state_groups > 1)
-    bytes += plan.state_groups * kStates * kPerLane * kThreads * sizeof(Number) *
-             (kElements == Elements::kMixed ? 4 : 2);
+  constexpr int kWaiting = kStates * kPerLane * kThreads * sizeof(Number) * (kPlain ? 2 : 4);
+  constexpr int kGroup = kStates * kLanes;
+  constexpr int kMost = kPlain         ? (kGroup <= 16 ? kGroup : kMostPlainStates)
+                        : kLanes == 32 ? kMostStates
+                                       : kFewStates;
+  static_assert(kShared + (kMost > kGroup ? kMost / kGroup * kWaiting : 0) <= kSharedBytes);
+  const int bytes = kShared + (plan.state_groups > 1 ? plan.state_groups * kWaiting : 0);
   if (const Error error = AllowSharedBytes(kernel, bytes); error != kSuccess) return error;
   kernel<<<static_cast<unsigned>(plan.blocks * plan.spans), kThreads, bytes, stream>>>(p, plan,
                                                                                        workspace);
@@ -658,9 +724,9 @@ Error LaunchWalk(const Backward& p, const Plan& plan, const BackwardWorkspace& w
                                   p, plan, workspace, stream)
                             : Launch<float, 2, 32, 1, 128, Elements::kMixed, Layout::kAny>(
                                   p, plan, workspace, stream);
-      return IsComplex(p) ? Launch<Complex, 1, 16, 1, 384, Elements::kMixed, Layout::kAny>(
+      return IsComplex(p) ? Launch<Complex, 1, 16, 1, 416, Elements::kMixed, Layout::kAny>(
                                 p, plan, workspace, stream)
-                          : Launch<float, 2, 8, 1, 384, Elements::kMixed, Layout::kAny>(
+                          : Launch<float, 2, 8, 1, 416, Elements::kMixed, Layout::kAny>(
                                 p, plan, workspace, stream);
   }
 }
@@ -694,7 +760,7 @@ Error LaunchSums(const Backward& p, const Plan& plan, const BackwardWorkspace& w
 
 Error LaunchBackward(const Backward& p, Stream stream) {
   const Elements elements = PlainElements(p);
-  const Plan plan = Plan::Backward(p, elements != Elements::kMixed);
+  const Plan plan = Plan::Backward(p, elements);
   const BackwardWorkspace workspace(p, plan);
   char* base = static_cast<char*>(p.workspace.data);
   if (plan.spans > 1) {

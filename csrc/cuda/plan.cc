@@ -12,7 +12,7 @@ constexpr int64_t kMultiprocessors = 132;
 // Shorter spans spend their time on entering and leaving.
 constexpr int kShortestSpan = 8;
 // The passes before and between spans, in microseconds: per state and step, and for their launches.
-constexpr double kCarryTime = 0.22e-6, kCarryLaunches = 8.0;
+constexpr double kCarryTime = 0.38e-6, kCarryLaunches = 8.0;
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -76,29 +76,37 @@ struct Layout {
 
 }  // namespace
 
-Plan Plan::Forward(const Problem& p, bool plain) {
-  if (!plain) return Cut(p, {{{2, 8, 1}, 128, 4, 1.4, 0.5}});
+Plan Plan::Forward(const Problem& p, Elements elements) {
+  if (elements == Elements::kMixed) return Cut(p, {{{2, 8, 1}, 128, 4, 1.4, 0.5}});
   if (p.dstate <= 4) return Cut(p, {{{2, 2, 1}, 128, 4, 1.4, 0.5}});
-  if (p.dstate <= 16) return Cut(p, {{{4, 4, 1}, 128, 4, 1.1, 0.4}});
-  return Cut(p, {{{4, 16, 1}, 128, 4, 1.1, 0.4}});
+  if (p.dstate <= 16)
+    return Cut(p, {{{4, 4, 1}, 128, 4, 1.0, 0.42}, {{4, 4, 2}, 128, 3, 1.65, 0.68}});
+  return Cut(p, {{{4, 16, 2}, 128, 3, 1.4, 0.6}});
 }
 
-Plan Plan::Backward(const Problem& p, bool plain) {
-  if (!plain && p.dstate > 64)
+Plan Plan::Backward(const Problem& p, Elements elements) {
+  if (elements == Elements::kMixed && p.dstate > kFewStates)
     return Cut(p, {{IsComplex(p) ? Shape{1, 32, 1} : Shape{2, 32, 1}, 128, 3, 5.0, 2.0}});
-  if (!plain) return Cut(p, {{IsComplex(p) ? Shape{1, 16, 1} : Shape{2, 8, 1}, 384, 1, 9.0, 0.0}});
+  if (elements == Elements::kMixed)
+    return Cut(p, {{IsComplex(p) ? Shape{1, 16, 1} : Shape{2, 8, 1}, 416, 1, 9.0, 0.0}});
   if (p.dstate > 16) return Cut(p, {{{2, 32, 2}, 384, 1, 6.6, 0.0}});
-  return Cut(p, {{{2, 8, 2}, 384, 1, 6.8, 0.0}, {{4, 4, 2}, 128, 2, 6.6, 3.0}});
+  // The second takes the shared memory of half a multiprocessor, or a little more than that.
+  const int slots = elements == Elements::kFloat && !p.channel_last ? 1 : 2;
+  return Cut(p, {{{2, 8, 2}, 384, 1, 5.75, 0.0}, {{4, 4, 2}, 128, slots, 5.0, 2.6}});
 }
 
 int64_t ForwardWorkspace::Enough(const Problem& p) {
-  return std::max(ForwardWorkspace(p, Plan::Forward(p, true)).bytes,
-                  ForwardWorkspace(p, Plan::Forward(p, false)).bytes);
+  int64_t enough = 0;
+  for (Elements elements : {Elements::kMixed, Elements::kFloat, Elements::kBfloat})
+    enough = std::max(enough, ForwardWorkspace(p, Plan::Forward(p, elements)).bytes);
+  return enough;
 }
 
 int64_t BackwardWorkspace::Enough(const Problem& p) {
-  return std::max(BackwardWorkspace(p, Plan::Backward(p, true)).bytes,
-                  BackwardWorkspace(p, Plan::Backward(p, false)).bytes);
+  int64_t enough = 0;
+  for (Elements elements : {Elements::kMixed, Elements::kFloat, Elements::kBfloat})
+    enough = std::max(enough, BackwardWorkspace(p, Plan::Backward(p, elements)).bytes);
+  return enough;
 }
 
 ForwardWorkspace::ForwardWorkspace(const Problem& p, const Plan& plan) {
@@ -157,8 +165,12 @@ Elements Plain(const Problem& p, std::initializer_list<Array> arrays) {
   const bool sequences_even = (p.channel_last ? p.group_dim() : p.length) % 2 == 0;
   const bool projections_even = (p.channel_last ? p.dstate : p.length) % 2 == 0;
   // The backward kernels of the plain case have less shared memory to spare for waiting states.
-  const bool few_states = p.dstate <= kMostStates / 4;
-  const bool plain = p.B_varies && p.C_varies && !p.has_segments && !IsComplex(p) && few_states;
+  const bool few_states = p.dstate <= kMostPlainStates;
+  // Offsets within a tile of at most 256 lines must fit 32 bits.
+  const int64_t widest =
+      p.channel_last ? kTile * std::max(p.dim, p.groups * p.dstate) : 256 * p.length;
+  const bool plain = p.B_varies && p.C_varies && !p.has_segments && !IsComplex(p) && few_states &&
+                     widest < int64_t{1} << 31;
   return plain && sequences_even && projections_even && PairsAligned(arrays) ? ElementsOf(arrays)
                                                                              : Elements::kMixed;
 }

@@ -15,6 +15,15 @@ inline bool IsComplex(const Problem& p) { return ffi::ToReal(p.state) != p.state
 // More states do not fit in shared memory, where they wait their turn (kept in step with
 // _MOST_STATES in jax_sscan/backends/native.py).
 constexpr int64_t kMostStates = 1024;
+// Of those kernels that have no shared memory to spare for more.
+constexpr int64_t kMostPlainStates = 128;
+// Up to which the general backward kernel spreads a channel over few lanes.
+constexpr int64_t kFewStates = 64;
+// Shared memory that a block can have, of an H100 or H200.
+constexpr int64_t kSharedBytes = 227 * 1024;
+
+// How the elements of some arrays are stored: all in one dtype, or in one each.
+enum class Elements { kMixed, kFloat, kBfloat, kHalf };
 
 // One way to lay a scan over threads: a channel's states lie on `lanes` lanes of a warp, `states`
 // on each, and a lane serves `channels` adjacent channels at once.
@@ -36,9 +45,9 @@ struct Plan {
   int spans, span_tiles;
   int state_groups;  // groups of states taken in turn
 
-  // plain: there is an element type for PlainElements to name.
-  static Plan Forward(const Problem& p, bool plain);
-  static Plan Backward(const Problem& p, bool plain);
+  // elements: what PlainElements says.
+  static Plan Forward(const Problem& p, Elements elements);
+  static Plan Backward(const Problem& p, Elements elements);
 };
 
 // Parts of the workspace, in bytes from its start. All numbers are float or Complex of them.
@@ -62,9 +71,6 @@ struct BackwardWorkspace {
   BackwardWorkspace(const Problem& p, const Plan& plan);
   static int64_t Enough(const Problem& p);
 };
-
-// How the elements of some arrays are stored: all in one dtype, or in one each.
-enum class Elements { kMixed, kFloat, kBfloat, kHalf };
 
 // The dtype that all arrays along the sequence share, where the case is plain and neighbours in
 // memory may be moved two at a time; kMixed otherwise.

@@ -93,17 +93,18 @@ __global__ void __launch_bounds__(kThreads)
   typename Sequences::Raw input, delta, z;
   typename Projections::Raw raw;
   auto load_tile = [&](const Rows& rows) {
-    sequences.Load(o.delta, rows, &delta);
+    sequences.Load(o.delta, sequences.At(rows), rows, &delta);
     if constexpr (kBackward) {
-      sequences.Load(p.out_cotangent, rows, &input);
-      if (o.z.data) sequences.Load(o.z, rows, &z);
+      sequences.Load(p.out_cotangent, sequences.At(rows), rows, &input);
+      if (o.z.data) sequences.Load(o.z, sequences.At(rows), rows, &z);
     } else {
-      sequences.Load(o.u, rows, &input);
+      sequences.Load(o.u, sequences.At(rows), rows, &input);
     }
   };
   auto load_projection = [&](const Rows& rows, int group) {
     if (!varies) return;
-    projections.Load(from_B, rows, &raw, group * kGroup * kParts);
+    const int line = group * kGroup * kParts;
+    projections.Load(from_B, projections.At(rows, line), rows, &raw, line);
   };
   load_tile(rows_of(0));
   load_projection(rows_of(0), 0);
@@ -117,7 +118,9 @@ __global__ void __launch_bounds__(kThreads)
       float2 value = sequences.Widen(delta.pair[k], o.delta);
       value = {value.x + shared.vectors[sequences.LineOf(k, 0)].y,
                value.y + shared.vectors[sequences.LineOf(k, 1)].y};
-      if (p.delta_softplus) value = {Softplus(value.x).value, Softplus(value.y).value};
+      if (p.delta_softplus)
+        value = {Softplus<kExact<kElements>>(value.x).value,
+                 Softplus<kExact<kElements>>(value.y).value};
       if (!sequences.Exists(k, 0, rows)) value.x = 0.0f;
       if (!sequences.Exists(k, 1, rows)) value.y = 0.0f;
       float2 in;
@@ -125,7 +128,8 @@ __global__ void __launch_bounds__(kThreads)
         in = sequences.Widen(input.pair[k], p.out_cotangent);
         if (o.z.data) {
           const float2 x = sequences.Widen(z.pair[k], o.z);
-          in = {in.x * x.x * Sigmoid(x.x), in.y * x.y * Sigmoid(x.y)};
+          in = {in.x * x.x * Sigmoid<kExact<kElements>>(x.x),
+                in.y * x.y * Sigmoid<kExact<kElements>>(x.y)};
         }
         // y = 2 Re sum C h for complex numbers: the walk sees its cotangent doubled.
         in = {in.x * kParts, in.y * kParts};

@@ -47,12 +47,13 @@ struct Rows {
   int steps;
   bool reversed;
 
-  // The tile that comes index-th when the sequence is processed in this direction.
-  __device__ Rows(const Problem& p, const Plan& plan, int index, bool reversed)
+  // The tile that comes index-th when the sequence is processed in this direction. One that does
+  // not exist has no steps.
+  __device__ Rows(const Problem& p, const Plan& plan, int index, bool reversed, bool exists = true)
       : reversed(reversed) {
     const int tile = reversed ? plan.tiles - 1 - index : index;
     t0 = static_cast<int64_t>(tile) * kTile;
-    steps = tile + 1 == plan.tiles ? plan.last_steps : kTile;
+    steps = !exists ? 0 : tile + 1 == plan.tiles ? plan.last_steps : kTile;
   }
   // Of the step t0 + offset; its own inverse.
   __device__ int Row(int offset) const { return reversed ? kTile - 1 - offset : offset; }
@@ -84,6 +85,10 @@ __device__ inline DataType DtypeOf(const Array& array) {
   if constexpr (kElements == Elements::kHalf) return DataType::F16;
   return array.dtype == DataType::C64 ? DataType::F32 : array.dtype;
 }
+
+// Whether numbers are worth the last ulp.
+template <Elements kElements>
+constexpr bool kExact = kElements == Elements::kFloat || kElements == Elements::kMixed;
 
 __device__ inline float2 Widen(uint2 raw, DataType dtype) {
   if (dtype == DataType::F32) return {__uint_as_float(raw.x), __uint_as_float(raw.y)};
@@ -129,6 +134,8 @@ template <int kThreads, int kLines, int kPad, Elements kElements, Layout kLayout
 class Tile {
  public:
   static constexpr bool kRegular = kElements != Elements::kMixed;
+  // Within a tile; 32 bits do for regular ones, see PlainElements.
+  using Offset = std::conditional_t<kRegular, uint32_t, int64_t>;
   static constexpr int kRow = kLines + kPad;
   static constexpr int kCells = kTile * kRow;
   static constexpr int kPairs = kTile * kLines / 2;
@@ -139,9 +146,11 @@ class Tile {
   };
 
   __device__ Tile(const Lines& lines, bool reversed)
-      : step_(lines.step),
+      : start_(lines.start),
+        step_(lines.step),
         stride_(lines.stride),
         count_(lines.count),
+        reversed_(reversed),
         pairs_are_steps_(lines.pairs_are_steps) {
     // The pairs of a thread are evenly spaced.
     const int i = threadIdx.x;
@@ -160,7 +169,8 @@ class Tile {
       offset_ = i / kNear, line_ = i % kNear * 2;
       next_offset_ = kThreads / kNear, next_line_ = 0;
     }
-    element_ = lines.start + offset_ * step_ + line_ * stride_;
+    start_ += offset_ * step_ + line_ * stride_;
+    next_element_ = static_cast<Offset>(NextOffset() * step_ + NextLine() * stride_);
     cell_ = (reversed ? kTile - 1 - offset_ : offset_) * kRow + line_;
     row_ = reversed ? -kRow : kRow;
   }
@@ -182,20 +192,28 @@ class Tile {
     return Mine(k) && offset < rows.steps && first_line + line < count_;
   }
 
-  __device__ void Load(const Array& from, const Rows& rows, Raw* raw, int first_line = 0) const {
-    const int64_t start = element_ + rows.t0 * step_ + first_line * stride_;
+  // Of the calling thread's first element of a tile, `first_line` lines further. From one tile to
+  // the next it goes Stride() further.
+  __device__ int64_t At(const Rows& rows, int first_line = 0) const {
+    return start_ + rows.t0 * step_ + first_line * stride_;
+  }
+  __device__ int64_t Stride() const { return reversed_ ? -kTile * step_ : kTile * step_; }
+
+  // at: as At gives for those rows and lines.
+  __device__ void Load(const Array& from, int64_t at, const Rows& rows, Raw* raw,
+                       int first_line = 0, bool wanted = true) const {
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
-      const int64_t i = start + k * (NextOffset() * step_ + NextLine() * stride_);
-      const bool first = Exists(k, 0, rows, first_line), second = Exists(k, 1, rows, first_line);
+      const int64_t i = at + k * next_element_;
+      const bool first = wanted && Exists(k, 0, rows, first_line),
+                 second = wanted && Exists(k, 1, rows, first_line);
       uint2 pair{0, 0};
       if constexpr (kElements == Elements::kFloat) {
-        if (first)
-          pair = __ldg(reinterpret_cast<const uint2*>(static_cast<const float*>(from.data) + i));
+        const float* data = static_cast<const float*>(from.data) + i;
+        if (first) pair = __ldg(reinterpret_cast<const uint2*>(data));
       } else if constexpr (kRegular) {
-        if (first)
-          pair.x =
-              __ldg(reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(from.data) + i));
+        const uint16_t* data = static_cast<const uint16_t*>(from.data) + i;
+        if (first) pair.x = __ldg(reinterpret_cast<const uint32_t*>(data));
       } else if (from.dtype == DataType::F32 || from.dtype == DataType::C64) {
         const uint32_t* data = static_cast<const uint32_t*>(from.data) + i;
         if (first) pair.x = __ldg(data);
@@ -210,43 +228,43 @@ class Tile {
   }
 
   // Like Load, into slots of shared memory, (kCount, kThreads), of which a thread reads its own
-  // back by Take, after WaitForCopies. It spares the registers, for kernels that have none to
-  // spare.
-  __device__ void Prefetch(const Array& from, const Rows& rows, uint2* slots,
-                           int first_line = 0) const {
+  // back by Take, after WaitForCopies. It spares the registers, and the compiler's guesses of when
+  // what is loaded will be there: it uses registers as early as it can.
+  using Slot = std::conditional_t<kElements == Elements::kBfloat || kElements == Elements::kHalf,
+                                  uint32_t, uint2>;
+  __device__ void Prefetch(const Array& from, int64_t at, const Rows& rows, Slot* slots,
+                           int first_line = 0, bool wanted = true) const {
     slots += threadIdx.x;
     if constexpr (!kRegular) {
       Raw raw;
-      Load(from, rows, &raw, first_line);
+      Load(from, at, rows, &raw, first_line, wanted);
 #pragma unroll
       for (int k = 0; k < kCount; ++k) slots[k * kThreads] = raw.pair[k];
     } else {
-      const int64_t start = element_ + rows.t0 * step_ + first_line * stride_;
+      constexpr int kBytes = sizeof(Slot);
+      const char* data = static_cast<const char*>(from.data);
 #pragma unroll
-      for (int k = 0; k < kCount; ++k) {
-        const int64_t i = start + k * (NextOffset() * step_ + NextLine() * stride_);
-        if (!Exists(k, 0, rows, first_line))
-          slots[k * kThreads] = {0, 0};
-        else if constexpr (kElements == Elements::kFloat)
-          CopyAsync<8>(slots + k * kThreads, static_cast<const float*>(from.data) + i);
-        else
-          CopyAsync<4>(slots + k * kThreads, static_cast<const uint16_t*>(from.data) + i);
-      }
+      for (int k = 0; k < kCount; ++k)
+        CopyAsync<kBytes>(slots + k * kThreads, data + (at + k * next_element_) * (kBytes / 2),
+                          wanted && Exists(k, 0, rows, first_line));
     }
   }
-  __device__ uint2 Take(const uint2* slots, int k) const {
-    return slots[k * kThreads + threadIdx.x];
+  __device__ uint2 Take(const Slot* slots, int k) const {
+    if constexpr (sizeof(Slot) == 4)
+      return {slots[k * kThreads + threadIdx.x], 0};
+    else
+      return slots[k * kThreads + threadIdx.x];
   }
 
   __device__ float2 Widen(uint2 pair, const Array& from) const {
     return gpu::Widen(pair, DtypeOf<kElements>(from));
   }
 
-  __device__ void Store(const Array& to, const Rows& rows, int k, float x, float y) const {
-    const int64_t i =
-        element_ + rows.t0 * step_ + k * (NextOffset() * step_ + NextLine() * stride_);
+  __device__ void Store(const Array& to, int64_t at, const Rows& rows, int k, float x, float y,
+                        bool wanted = true) const {
+    const int64_t i = at + k * next_element_;
     const uint2 pair = Narrow(x, y, DtypeOf<kElements>(to));
-    const bool first = Exists(k, 0, rows), second = Exists(k, 1, rows);
+    const bool first = wanted && Exists(k, 0, rows), second = wanted && Exists(k, 1, rows);
     if constexpr (kElements == Elements::kFloat) {
       if (first) *reinterpret_cast<uint2*>(static_cast<float*>(to.data) + i) = pair;
     } else if constexpr (kRegular) {
@@ -299,10 +317,36 @@ class Tile {
     return kLayout == Layout::kTimeLast ? kThreads / (kTile / 2) : 0;
   }
 
-  int64_t step_, stride_, element_;
+  int64_t start_, step_, stride_;
+  Offset next_element_;
+  bool reversed_;
   int count_, offset_, line_, next_offset_, next_line_, cell_, row_;
   bool pairs_are_steps_;
 };
+
+// The sum over the lanes that differ in the bits from kBit up to kEnd, of kCount values at once,
+// halved at each bit, the lowest first: the upper lane keeps the second half. A lane ends with
+// values[0 .. held). The first kFree halvings need no select, since upper lanes hold their halves
+// the other way round.
+template <int kCount, int kFree, int kBit, int kEnd>
+__device__ inline void SumHalves(float* values) {
+  if constexpr (kBit < kEnd) {
+    if constexpr (kCount > 1) {
+      constexpr int kHalf = kCount / 2;
+      const bool upper = kFree > 0 ? false : (threadIdx.x & kBit) != 0;
+#pragma unroll
+      for (int i = 0; i < kHalf; ++i) {
+        const float kept = upper ? values[i + kHalf] : values[i];
+        const float sent = upper ? values[i] : values[i + kHalf];
+        values[i] = kept + ShuffleXor(sent, kBit);
+      }
+      SumHalves<kHalf, kFree - 1, kBit * 2, kEnd>(values);
+    } else {
+      values[0] += ShuffleXor(values[0], kBit);
+      SumHalves<1, 0, kBit * 2, kEnd>(values);
+    }
+  }
+}
 
 // A fixed B or C, one row of states per channel.
 template <typename Number, int kThreads, int kChannels, int kGroup, int kRow>

@@ -62,15 +62,17 @@ __device__ inline uint32_t ToHalves(float x, float y) {
   return __half_as_ushort(pair.x) | static_cast<uint32_t>(__half_as_ushort(pair.y)) << 16;
 }
 
-// Copies kBytes (4, 8 or 16) to shared memory without a register; there once WaitForCopies returns
-// to the same thread.
+// Copies kBytes (4, 8 or 16), or as many zeros, to shared memory without a register; there once
+// the same thread has called SendCopies and, as late as it can, WaitForCopies.
 template <int kBytes>
-__device__ inline void CopyAsync(void* to, const void* from) {
+__device__ inline void CopyAsync(void* to, const void* from, bool exists) {
   const uint32_t shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared), "l"(from), "n"(kBytes)
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared), "l"(from),
+               "n"(kBytes), "r"(exists ? kBytes : 0)
                : "memory");
 }
-__device__ inline void WaitForCopies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+__device__ inline void SendCopies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ inline void WaitForCopies() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
 
 // Lets a kernel take more dynamic shared memory than the 48 KB that need no asking.
 template <typename Kernel>
