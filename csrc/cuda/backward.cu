@@ -53,8 +53,9 @@ struct BackwardShared {
   // One copy for each order in which lanes hold their states: state n is at n ^ i in copy i. A
   // fixed B or C has one copy.
   static constexpr int kCopies = kPlain ? kStates : 1;
-  static constexpr int kCopy =
-      kRows * kRow + 16;  // so that lanes that read two copies use all banks
+  // Lanes that read two copies use all banks: with 4 states, the first two lanes read copies 0
+  // and 2.
+  static constexpr int kCopy = kRows * kRow + (kStates == 4 ? 8 : 16);
   static constexpr int kPairs = Sequences::kCount * kThreads;
   struct Staged {
     alignas(16) float2 steps[Sequences::kCells];  // delta, delta * u
@@ -79,10 +80,11 @@ struct BackwardShared {
   // The odd length of a row spreads the steps of a state over the banks.
   alignas(16) float channel_sums[kThreads / kWarp][kTile][kGroup * 2 * kParts + 1];
   float2 vectors[kChannels];  // D, delta_bias
-  // Each thread's sums of dD and d_bias. Its pairs are of the same channels where channels are
-  // last.
+  // Each thread's sums of dD and d_bias. Where channels are last, its pairs are of the same
+  // channels; where time is last, a pair is of one channel and has a sum of each.
   static constexpr int kVectorSums = kLayout == Layout::kChannelLast ? 1 : Sequences::kCount;
-  alignas(16) float4 vector_sums[kVectorSums * kThreads];
+  using VectorSum = std::conditional_t<kLayout == Layout::kTimeLast, float2, float4>;
+  alignas(16) VectorSum vector_sums[kVectorSums * kThreads];
   // What comes next, as it lies in memory: u, delta, z, cotangent of out; B, C.
   typename Sequences::Slot next_sequences[4][kPairs];
   typename Projections::Slot next_projections[2][Projections::kCount * kThreads];
@@ -268,7 +270,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kStates, kPerLane, kThrea
     const uint32_t restarts = Restarts(p, block.row, rows);
     if (threadIdx.x == 0) to.restarts = restarts;
   };
-  float4* const vector_sums = shared.vector_sums + threadIdx.x;
+  auto* const vector_sums = shared.vector_sums + threadIdx.x;
   auto finish = [&](const Rows& rows, int k, const Staged& from) {
     if (!sequences.Mine(k)) return;
     const int place = k * kThreads + threadIdx.x;
@@ -291,10 +293,14 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kStates, kPerLane, kThrea
                     d_gate.y * fmaf(kParts, y.y, D.y * input.y), has_z);
     // Nothing was walked yet before the first tile.
     const bool exists = rows.steps > 0;
-    float4& at = vector_sums[k % Shared::kVectorSums * kThreads];
-    const float4 sum = at;
-    at = {exists ? fmaf(dy.x, input.x, sum.x) : 0.0f, exists ? fmaf(dy.y, input.y, sum.y) : 0.0f,
-          exists ? sum.z + d_delta.x : 0.0f, exists ? sum.w + d_delta.y : 0.0f};
+    auto& at = vector_sums[k % Shared::kVectorSums * kThreads];
+    const auto sum = at;
+    if constexpr (kLayout == Layout::kTimeLast)
+      at = {exists ? fmaf(dy.x, input.x, fmaf(dy.y, input.y, sum.x)) : 0.0f,
+            exists ? sum.y + (d_delta.x + d_delta.y) : 0.0f};
+    else
+      at = {exists ? fmaf(dy.x, input.x, sum.x) : 0.0f, exists ? fmaf(dy.y, input.y, sum.y) : 0.0f,
+            exists ? sum.z + d_delta.x : 0.0f, exists ? sum.w + d_delta.y : 0.0f};
   };
   // The block's sums over channels, into its own part of the workspace.
   auto finish_projections = [&](const Rows& rows, int group) {
@@ -616,10 +622,15 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kStates, kPerLane, kThrea
   float* sum_bias = shared.sums + Shared::kSums;
 #pragma unroll
   for (int k = 0; k < kPairs; ++k) {
-    float4 sum{0.0f, 0.0f, 0.0f, 0.0f};
+    typename Shared::VectorSum sum{};
     if (k < Shared::kVectorSums) sum = vector_sums[k * kThreads];
-    sequences.Put(sum_D, k, sum.x, sum.y);
-    sequences.Put(sum_bias, k, sum.z, sum.w);
+    if constexpr (kLayout == Layout::kTimeLast) {
+      sequences.Put(sum_D, k, sum.x, 0.0f);
+      sequences.Put(sum_bias, k, sum.y, 0.0f);
+    } else {
+      sequences.Put(sum_D, k, sum.x, sum.y);
+      sequences.Put(sum_bias, k, sum.z, sum.w);
+    }
   }
   __syncthreads();
   for (int channel = threadIdx.x; channel < block.channels; channel += kThreads) {
@@ -684,6 +695,8 @@ Error Launch(const Backward& p, const Plan& plan, const BackwardWorkspace& works
   constexpr int kMost = kPlain         ? (kGroup <= 16 ? kGroup : kMostPlainStates)
                         : kLanes == 32 ? kMostStates
                                        : kFewStates;
+  // Two blocks of 128 threads share a multiprocessor, which keeps 1 KB for itself of each.
+  static_assert(kGroup > 16 || !kPlain || kThreads > 128 || 2 * (kShared + 1024) <= 228 * 1024);
   static_assert(kShared + (kMost > kGroup ? kMost / kGroup * kWaiting : 0) <= kSharedBytes);
   const int bytes = kShared + (plan.state_groups > 1 ? plan.state_groups * kWaiting : 0);
   if (const Error error = AllowSharedBytes(kernel, bytes); error != kSuccess) return error;

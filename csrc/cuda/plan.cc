@@ -90,9 +90,7 @@ Plan Plan::Backward(const Problem& p, Elements elements) {
   if (elements == Elements::kMixed)
     return Cut(p, {{IsComplex(p) ? Shape{1, 16, 1} : Shape{2, 8, 1}, 416, 1, 9.0, 0.0}});
   if (p.dstate > 16) return Cut(p, {{{2, 32, 2}, 384, 1, 6.6, 0.0}});
-  // The second takes the shared memory of half a multiprocessor, or a little more than that.
-  const int slots = elements == Elements::kFloat && !p.channel_last ? 1 : 2;
-  return Cut(p, {{{2, 8, 2}, 384, 1, 5.75, 0.0}, {{4, 4, 2}, 128, slots, 5.0, 2.6}});
+  return Cut(p, {{{2, 8, 2}, 384, 1, 5.75, 0.0}, {{4, 4, 2}, 128, 2, 5.0, 2.6}});
 }
 
 int64_t ForwardWorkspace::Enough(const Problem& p) {
