@@ -169,9 +169,7 @@ class Mamba(MambaOptions, nnx.Module):
         )
 
 
-def add_parameters(
-    module: nnx.Module, table: dict[str, Parameter], rngs: nnx.Rngs, shard: Shard | None
-) -> None:
+def add_parameters(module: nnx.Module, table: dict[str, Parameter], rngs: nnx.Rngs, shard: Shard | None) -> None:
     """Gives ``module`` an `nnx.Param` with an initial value for each row of the table, divided over the mesh."""
     for name, parameter in table.items():
         value = parameter.initializer(rngs.params(), parameter.shape, parameter.dtype)

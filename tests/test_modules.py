@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import block_oracle
-import flax.linen
 import flax.nnx
 import jax
 import jax.numpy as jnp
@@ -254,19 +253,6 @@ def test_bfloat16_where_it_belongs() -> None:
     close(out, expected, 0.03)
     half, wide_params = block(dtype=jnp.bfloat16)
     assert half(wide_params, x).dtype == jnp.bfloat16
-
-
-def test_partitioning_metadata() -> None:
-    mesh = jax.make_mesh((1,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
-    with jax.set_mesh(mesh):
-        module = jax_sscan.nnx.Mamba(8, rngs=flax.nnx.Rngs(0), partitioning={"d_inner": "model"})
-    specs = flax.nnx.get_partition_spec(flax.nnx.state(module, flax.nnx.Param))
-    linen = jax_sscan.linen.Mamba(8, partitioning={"d_inner": "model"})
-    variables = linen.init(jax.random.key(0), jnp.ones((1, 2, 8)))
-    linen_specs = flax.linen.get_partition_spec(variables)["params"]
-    expected = {"in_proj": (None, "model"), "out_proj": ("model", None), "A_log": ("model", None), "D": ("model",)}
-    for name, axes in expected.items():
-        assert specs[name].get_value() == linen_specs[name] == jax.sharding.PartitionSpec(*axes), name
 
 
 def test_nothing_is_transposed_around_the_scan() -> None:

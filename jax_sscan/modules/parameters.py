@@ -43,9 +43,7 @@ def wide(param_dtype: Any) -> Any:
     return jnp.promote_types(param_dtype, jnp.float32)
 
 
-def dense(
-    x: jax.Array, kernel: jax.Array, bias: jax.Array | None, dtype: Any, divided: MeshAxes = None
-) -> jax.Array:
+def dense(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, dtype: Any, divided: MeshAxes = None) -> jax.Array:
     """``x @ kernel + bias`` on the last axis, in dtype; ``divided`` are the mesh axes that divide that axis of x.
 
     A plain matrix product of all positions: contracted over two axes, batch and length, for the kernel's gradient, XLA

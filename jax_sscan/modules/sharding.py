@@ -83,8 +83,8 @@ def for_call(shard: Shard | None, length: int, mask: Any, bidirectional: bool = 
         return dataclasses.replace(shard, length=None)
     if mask is not None:
         raise ValueError(
-            f"a mask must be None where the mesh axis {shard.length!r} divides the length; padding on the right needs "
-            "none, since nothing reads it, and rows that begin late can be told apart by segment_ids"
+            f"mask (attention_mask) must be None where the mesh axis {shard.length!r} divides the length, got one; "
+            "padding on the right needs none, and segment_ids tell a row from what stands before it"
         )
     if bidirectional:
         raise ValueError(f"a bidirectional block must have whole sequences, got {shard}")

@@ -98,7 +98,7 @@ def apply(
     mask: jax.Array | None = None,
     reverse: bool = False,
     return_state: bool = False,
-    shard: Shard = Shard(),
+    shard: Shard,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Runs the model on a sequence, or on one step of it where length is 1 and there is a state.
 
