@@ -76,7 +76,7 @@ def _params(module: linen.Module, table: dict[str, Parameter], shard: Shard | No
     values = {}
     for name, parameter in table.items():
         initializer = parameter.initializer
-        if shard is not None:
+        if shard:
             initializer = linen.with_partitioning(initializer, tuple(shard.spec(*parameter.axes)))
         values[name] = module.param(name, initializer, parameter.shape, parameter.dtype)
     return values

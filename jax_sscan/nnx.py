@@ -173,7 +173,7 @@ def add_parameters(module: nnx.Module, table: dict[str, Parameter], rngs: nnx.Rn
     """Gives ``module`` an `nnx.Param` with an initial value for each row of the table, divided over the mesh."""
     for name, parameter in table.items():
         value = parameter.initializer(rngs.params(), parameter.shape, parameter.dtype)
-        metadata: dict[str, Any] = {} if shard is None else {"out_sharding": tuple(shard.spec(*parameter.axes))}
+        metadata: dict[str, Any] = {"out_sharding": tuple(shard.spec(*parameter.axes))} if shard else {}
         setattr(module, name, nnx.Param(value, **metadata))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from typing import Any
 
 import flax.linen
@@ -167,6 +168,9 @@ def test_training(axes: Any, shard: Shard) -> None:
             return loss, flax.nnx.state((model, optimizer))
 
         run = jit(step).lower(state, ids).compile()
+        # Those of the scan's states, forward and backward: of logits, activations and parameters nothing is gathered.
+        gathers = len(re.findall(r"= f32\[.* all-gather\(", run.as_text()))
+        assert gathers == (2 * config.num_layers if config.shard and config.shard.length else 0)
         losses, before = [], jax.tree.map(lambda x: x.sharding, state)
         for _ in range(3):
             loss, state = run(state, ids)
@@ -360,7 +364,9 @@ def test_wrong_arguments_are_named() -> None:
         block = jax_sscan.nnx.Mamba(8, bidirectional=True, shard=Shard(length="x"), rngs=flax.nnx.Rngs(0))
         for match, call in {
             "multiple of 8": lambda: by_batch(ids),
-            "mask .attention_mask. must be None": lambda: by_length(ids, attention_mask=jnp.ones((BATCH, LENGTH), bool)),
+            "mask .attention_mask. must be None": lambda: by_length(
+                ids, attention_mask=jnp.ones((BATCH, LENGTH), bool)
+            ),
             "bidirectional": lambda: block(jnp.ones((1, 16, 8))),
             "one thing only": lambda: Shard(batch="x", length="x"),
             "length must be the name of a mesh axis": lambda: Shard(length=("x", "y")),  # pyright: ignore[reportArgumentType]

@@ -54,6 +54,9 @@ class Shard:
             if len(set(names)) < len(names):
                 raise ValueError(f"a mesh axis can divide one thing only, got {self}")
 
+    def __bool__(self) -> bool:
+        return bool(self.mesh_axes)
+
     def spec(self, *axes: str | None) -> PartitionSpec:
         """How an array is divided whose axes are "batch", "length", "d_inner", "vocab", or whole if None or others."""
         divided = {"batch": self.batch, "length": self.length, "d_inner": self.channels, "vocab": self.vocabulary}
@@ -117,7 +120,7 @@ def divided(shard: Shard, function: Callable[..., Any], in_specs: Any, out_specs
     Raises:
         ValueError: the mesh in context lacks an axis, or does not divide an array into equal parts.
     """
-    if not shard.mesh_axes or is_inside(shard):
+    if not shard or is_inside(shard):
         return function(*arguments)
     mesh = jax.sharding.get_abstract_mesh()
     if missing := [axis for axis in shard.mesh_axes if axis not in mesh.axis_names]:
