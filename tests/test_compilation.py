@@ -221,6 +221,7 @@ def model_gradients(shard: Shard | None = None, **options: Any) -> tuple[Any, An
     return gradients, {"ids": ids} | {f"parameter_{i}": leaf for i, leaf in enumerate(leaves)}, state
 
 
+@pytest.mark.usefixtures("virtual_devices")
 def test_a_model_exported_to_a_new_process(tmp_path: Path) -> None:
     """Loss and gradients of stacked, rematerialised layers: one artefact for two platforms."""
     gradients, inputs, _ = model_gradients()
