@@ -333,16 +333,21 @@ def test_a_module_left_to_jit() -> None:
 
 @pytest.mark.parametrize("name", ["nnx.Mamba", "linen.Mamba"])
 def test_a_batch_in_the_types(name: str) -> None:
-    """Without ``shard``, on an Explicit mesh: the batch is divided by its type alone."""
+    """Without ``shard``, on an Explicit mesh: the batch is divided by its type alone, gradients are summed once."""
     call, params, _ = module_of(name, None)
     x, cache, segment_ids = module_inputs(name)
     mesh = mesh_of(EXPLICIT, x=4)
     with jax.set_mesh(mesh):
         placed = jax.device_put((x, cache, segment_ids), NamedSharding(mesh, P("x")))
         params = jax.device_put(params, NamedSharding(mesh, P()))
-        out, _ = jax.jit(call)(params, *placed)
-        assert jax.typeof(out).sharding.spec[0] == "x"
-    assert_close(out, module_on_one_device(name)[1][0], "out", 1e-5)
+        compiled = value_and_gradients(call).lower(params, *placed).compile()
+        got = compiled(params, *placed)
+    assert collectives(compiled) == {"all-reduce": 1}
+    assert got[1][0].sharding.is_equivalent_to(NamedSharding(mesh, P("x")), 3)
+    for (path, leaf), wanted in zip(
+        jax.tree.leaves_with_path(got), jax.tree.leaves(module_on_one_device(name)), strict=True
+    ):
+        assert_close(leaf, wanted, jax.tree_util.keystr(path), 1e-5)
 
 
 def test_linen_initialises_divided_parameters() -> None:
