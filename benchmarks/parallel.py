@@ -1,12 +1,13 @@
-"""How a step gets faster with devices: data, channel and sequence parallelism, and what communication takes of it.
+"""How a training step gets faster with devices: data, channel and sequence parallelism, and what communication takes.
 
-    python3 build/build.py bench --parallel [--devices 8] [--shape 8,512,4096,16] [--implementation cuda]
+    python3 build/build.py bench --parallel [--devices 2] [--batch 8 --length 4096 --d-model 1024 --layers 8]
 
-A step is the causal convolution and the scan after it, forward and backward, float32 random data, layout "bld", with
-softplus, bias, D and gate. Strong scaling divides one shape among the devices; weak scaling gives each device what it
-has when all of them share it. The communication share compares with the same work on the same devices at the same time,
-in which every device keeps its results to itself. Runs on all GPUs, or on virtual CPU devices, which share the cores:
-there the times say little, but the communicated bytes mean the same. Writes parallel.json and parallel.md.
+A step is that of a language model (`jax_sscan.models.MambaLM`): loss, gradients and AdamW, divided by its option
+``shard`` and by nothing else; one device runs the plain step. Strong scaling divides one problem among the devices;
+weak scaling gives each device what it has when all of them share that problem. The communication share compares with
+the same work on the same devices at the same time, in which every device trains a model of its own. Runs on all GPUs,
+or on virtual CPU devices, which share the cores: there the times say little, but the communicated bytes mean the same.
+Writes parallel.json and parallel.md.
 """
 
 import argparse
@@ -21,81 +22,82 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from measure import Program, run_in_turns
-from methods import Shape
 
-import jax_sscan
+from jax_sscan.models import MambaConfig, MambaLM, Shard
 
-WIDTH = 4
-AXES = {"data": 0, "channel": 1, "sequence": 2}
-"""The kinds of parallelism, and which entry of a shape each divides."""
+Sizes = dict[str, int]  # batch, length, d_inner, vocab_size
 
-# Axes of each operand: batch, length, dim, state, width.
-OPERANDS = {
-    "u": "bld", "delta": "bld", "A": "dn", "B": "bln", "C": "bln", "D": "d", "z": "bld", "delta_bias": "d",
-    "weight": "dw",
-}  # fmt: skip
-LETTER = {"data": "b", "channel": "d", "sequence": "l"}
+KINDS = {
+    "data": (Shard(batch="part"), ("batch",)),
+    "channel": (Shard(channels="part", vocabulary="part"), ("d_inner", "vocab_size")),
+    "sequence": (Shard(length="part"), ("length",)),
+}
+"""The kinds of parallelism, and which sizes each divides."""
+
+BYTES = {"f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "pred": 1}
 
 
-def operands(kind: str, shape: Shape, copies: int) -> tuple[jax.Array, ...]:
-    """Random operands of ``copies`` shapes beside each other along the divided axis; shared ones once for each copy."""
-    batch, dim, length, dstate = shape
-    sizes = {"b": batch, "d": dim, "l": length, "n": dstate, "w": WIDTH}
-    sizes[LETTER[kind]] *= copies
+def training(sizes: Sizes, shard: Shard, options: dict[str, Any]) -> tuple[Callable[..., Any], Any, Any]:
+    """A training step, the state of model and optimizer, and random tokens."""
+    config = MambaConfig(**options, d_inner=sizes["d_inner"], vocab_size=sizes["vocab_size"], shard=shard)
+    model = MambaLM(config, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, optax.adamw(1e-4), wrt=nnx.Param)
+    graph, state = nnx.split((model, optimizer))
+
+    def loss_of(model: MambaLM, ids: jax.Array, targets: jax.Array) -> jax.Array:
+        logits = model(ids)
+        right = jax.nn.one_hot(targets, logits.shape[-1], dtype=logits.dtype)
+        return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - jnp.sum(logits * right, axis=-1))
+
+    def step(state: Any, ids: jax.Array, targets: jax.Array) -> tuple[jax.Array, Any]:
+        model, optimizer = nnx.merge(graph, state)
+        loss, gradients = nnx.value_and_grad(loss_of)(model, ids, targets)
+        optimizer.update(model, gradients)
+        return loss, nnx.state((model, optimizer))
+
     rng = np.random.default_rng(0)
-    arrays = []
-    for name, axes in OPERANDS.items():
-        x = rng.standard_normal([sizes[axis] for axis in axes]).astype(np.float32)
-        x = -np.exp(x) if name == "A" else x
-        arrays.append(x if LETTER[kind] in axes else np.broadcast_to(x, (copies, *x.shape)))
-    return tuple(map(jnp.asarray, arrays))
+    ids = rng.integers(sizes["vocab_size"], size=(2, sizes["batch"], sizes["length"])).astype(np.int32)
+    return step, state, ids
 
 
-def compile_step(
-    kind: str, local: Shape, devices: int, shares: bool, implementation: str | None
-) -> tuple[Program, float]:
-    """A step of ``devices`` devices with ``local`` on each, and what one of them communicates in MB.
+def together(kind: str, local: Sizes, devices: int, options: dict[str, Any]) -> tuple[Program, float]:
+    """A step of ``devices`` that share a problem, ``local`` on each, and what one of them communicates in MB."""
+    shard, divides = KINDS[kind] if devices > 1 else (Shard(), ())
+    sizes = {name: size * devices if name in divides else size for name, size in local.items()}
+    mesh = jax.make_mesh((devices,), ("part",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
+    with jax.set_mesh(mesh):
+        step, state, (ids, targets) = training(sizes, shard, options)
+        rows = NamedSharding(mesh, shard.spec("batch", "length"))
+        return compile_step(kind, "step", step, state, *jax.device_put((ids, targets), rows))
 
-    If not ``shares``, each device works on a problem of its own.
-    """
-    copies = 1 if shares else devices
+
+def apart(kind: str, local: Sizes, devices: int, options: dict[str, Any]) -> tuple[Program, float]:
+    """The same work, ``local`` on each device, each with a model of its own: sums are over the one device of a part."""
     mesh = jax.make_mesh(
-        (copies, devices // copies), ("copy", "part"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:devices]
+        (devices, 1), ("copy", "part"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:devices]
     )
-    whole = list(local)
-    whole[AXES[kind]] *= devices // copies
-    batch, dim, length, dstate = whole
-    arguments = operands(kind, (batch, dim, length, dstate), copies)
-    is_divided = [LETTER[kind] in axes for axes in OPERANDS.values()]
-    specs = tuple(
-        P(*(("copy", "part") if axis == LETTER[kind] else None for axis in axes)) if divided else P("copy")
-        for axes, divided in zip(OPERANDS.values(), is_divided, strict=True)
-    )
-    axis_name = "part" if kind == "sequence" else None
+    with jax.set_mesh(mesh):
+        step, state, ids = training(local, KINDS[kind][0], options)
 
-    def loss(u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, z: Any, delta_bias: Any, weight: Any) -> jax.Array:
-        u = jax_sscan.causal_conv1d(u, weight, activation="silu", layout="bld", axis_name=axis_name)
-        out = jax_sscan.selective_scan(
-            u, delta, A, B, C, D, z, delta_bias, True, layout="bld", axis_name=axis_name, implementation=implementation
-        )
-        assert isinstance(out, jax.Array)
-        return jnp.sum(out**2)
+        def own_step(*arguments: Any) -> Any:
+            results = step(*jax.tree.map(lambda x: x[0], arguments))
+            return jax.tree.map(lambda x: x[None], results)
 
-    def step(*arguments: jax.Array) -> tuple[jax.Array, ...]:
-        own = [x if divided else x[0] for x, divided in zip(arguments, is_divided, strict=True)]
-        gradients = jax.grad(loss, argnums=tuple(range(len(own))))(*own)
-        return tuple(x if divided else x[None] for x, divided in zip(gradients, is_divided, strict=True))
+        each = jax.shard_map(own_step, in_specs=P("copy"), out_specs=P("copy"), check_vma=False)
+        copies = jax.tree.map(lambda x: jnp.broadcast_to(x, (devices, *x.shape)), (state, *ids))
+        return compile_step(kind, "step apart", each, *jax.device_put(copies, NamedSharding(mesh, P("copy"))))
 
-    placed = jax.device_put(arguments, tuple(NamedSharding(mesh, spec) for spec in specs))
-    run = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=specs))
+
+def compile_step(kind: str, name: str, step: Callable[..., Any], *arguments: Any) -> tuple[Program, float]:
     begin = time.perf_counter()
-    compiled = run.lower(*placed).compile()
+    compiled = jax.jit(step).lower(*arguments).compile()
     seconds = time.perf_counter() - begin
-    name = "step" if shares else "step without communication"
-    return Program(kind, name, partial(compiled, *placed), seconds, float("nan")), communicated_mb(compiled)
+    return Program(kind, name, partial(compiled, *arguments), seconds, float("nan")), communicated_mb(compiled)
 
 
 def communicated_mb(compiled: Any) -> float:
@@ -105,35 +107,33 @@ def communicated_mb(compiled: Any) -> float:
     )
     total = 0
     for shapes in collective.findall(compiled.as_text()):
-        for sizes in re.findall(r"[fs]32\[([\d,]*)\]", shapes):
-            total += 4 * int(np.prod([int(n) for n in sizes.split(",") if n], dtype=np.int64))
+        for name, sizes in re.findall(r"(\w+)\[([\d,]*)\]", shapes):
+            total += BYTES[name] * int(np.prod([int(n) for n in sizes.split(",") if n], dtype=np.int64))
     return total / 1e6
 
 
-def local_shape(shape: Shape, kind: str, devices: int) -> Shape:
-    """``shape`` divided among ``devices``."""
-    sizes = list(shape)
-    if sizes[AXES[kind]] % devices:
-        raise SystemExit(f"{devices} devices do not divide {kind} parallelism's axis of {shape}")
-    sizes[AXES[kind]] //= devices
-    batch, dim, length, dstate = sizes
-    return batch, dim, length, dstate
+def part_of(sizes: Sizes, kind: str, devices: int) -> Sizes:
+    """One of ``devices`` equal parts."""
+    divides = KINDS[kind][1]
+    for name in divides:
+        if sizes[name] % devices:
+            raise SystemExit(f"{kind} parallelism over {devices} devices must divide {name}, got {sizes[name]}")
+    return {name: size // devices if name in divides else size for name, size in sizes.items()}
 
 
 def measure(
-    shape: Shape, counts: list[int], implementation: str | None, repeats: int, report: Callable[[str], None]
+    sizes: Sizes, counts: list[int], options: dict[str, Any], repeats: int, report: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     rows = []
-    for kind in AXES:
-        smallest = local_shape(shape, kind, counts[-1])
+    for kind in KINDS:
         for scaling in ("strong", "weak"):
             alone_ms = None
             for devices in counts:
-                local = local_shape(shape, kind, devices) if scaling == "strong" else smallest
-                together, communicated = compile_step(kind, local, devices, True, implementation)
-                apart, _ = compile_step(kind, local, devices, False, implementation)
-                run_in_turns([together, apart], repeats, budget_s=20)
-                ms, apart_ms = together.median_ms, apart.median_ms
+                local = part_of(sizes, kind, devices if scaling == "strong" else counts[-1])
+                step, communicated = together(kind, local, devices, options)
+                own = apart(kind, local, devices, options)[0] if devices > 1 else step
+                run_in_turns([step, own] if devices > 1 else [step], repeats, budget_s=20)
+                ms, own_ms = step.median_ms, own.median_ms
                 alone_ms = alone_ms or ms
                 ideal = alone_ms / devices if scaling == "strong" else alone_ms
                 rows.append(
@@ -141,11 +141,11 @@ def measure(
                         "parallelism": kind,
                         "scaling": scaling,
                         "devices": devices,
-                        "local_shape": local,
+                        "local": local,
                         "ms": ms,
                         "efficiency": ideal / ms,
-                        "communication": max(0.0, 1 - apart_ms / ms) if devices > 1 else 0.0,
-                        "communicated_mb": communicated if devices > 1 else 0.0,
+                        "communication": max(0.0, 1 - own_ms / ms),
+                        "communicated_mb": communicated,
                     }
                 )
                 report(table(rows[-1:]).splitlines()[-1])
@@ -154,11 +154,11 @@ def measure(
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| parallelism | scaling | devices | (batch, dim, length, dstate) | ms | efficiency | communication | MB |",
+        "| parallelism | scaling | devices | batch, length, channels of one | ms | efficiency | communication | MB |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        local = ", ".join(map(str, row["local_shape"]))
+        local = ", ".join(str(row["local"][name]) for name in ("batch", "length", "d_inner"))
         lines.append(
             f"| {row['parallelism']} | {row['scaling']} | {row['devices']} | {local} | {row['ms']:.2f} | "
             f"{row['efficiency']:.0%} | {row['communication']:.0%} | {row['communicated_mb']:.2f} |"
@@ -169,20 +169,35 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--devices", type=int, help="at most that many; all GPUs, or 8 virtual CPU devices")
-    parser.add_argument("--shape", default="8,512,4096,16", help="batch,dim,length,dstate")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, help="4096, or 256 on CPUs")
+    parser.add_argument("--d-model", type=int, help="1024, or 64 on CPUs; twice as many channels")
+    parser.add_argument("--layers", type=int, help="8, or 2 on CPUs")
+    parser.add_argument("--vocabulary", type=int, help="32768, or 512 on CPUs")
+    parser.add_argument("--dtype", help="bfloat16, or float32 on CPUs; parameters are float32")
     parser.add_argument("--implementation", choices=("cuda", "cpu", "xla"))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("build/bench"))
     args = parser.parse_args()
     # Only of use without a GPU, and to be said before JAX starts.
     jax.config.update("jax_num_cpu_devices", args.devices or 8)
-    batch, dim, length, dstate = (int(x) for x in args.shape.split(","))
+    small = jax.default_backend() == "cpu"
+    sizes = {
+        "batch": args.batch,
+        "length": args.length or (256 if small else 4096),
+        "d_inner": 2 * (args.d_model or (64 if small else 1024)),
+        "vocab_size": args.vocabulary or (512 if small else 32768),
+    }
+    options = {
+        "d_model": sizes["d_inner"] // 2,
+        "num_layers": args.layers or (2 if small else 8),
+        "dtype": jnp.dtype(args.dtype or ("float32" if small else "bfloat16")),
+        "implementation": args.implementation,
+    }
     most = min(args.devices or jax.device_count(), jax.device_count())
     counts = [2**i for i in range(most.bit_length())]
-    print(f"{most} devices: {jax.devices()[0].device_kind}, jax {jax.__version__}")
-    rows = measure(
-        (batch, dim, length, dstate), counts, args.implementation, args.repeats, lambda line: print(line, flush=True)
-    )
+    print(f"{most} devices: {jax.devices()[0].device_kind}, jax {jax.__version__}; {sizes}, {options}")
+    rows = measure(sizes, counts, options, args.repeats, lambda line: print(line, flush=True))
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "parallel.json").write_text(json.dumps(rows, indent=1))
     (args.out / "parallel.md").write_text(table(rows) + "\n")

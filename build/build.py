@@ -280,7 +280,7 @@ def main():
             kind.add_argument(
                 "--model", action="store_true", help="a Mamba block and a language model, training and decoding"
             )
-            kind.add_argument("--parallel", action="store_true", help="time against the number of devices")
+            kind.add_argument("--parallel", action="store_true", help="a training step against the number of devices")
     argv = sys.argv[1:]
     cut = argv.index("--") if "--" in argv else len(argv)
     args, rest = parser.parse_known_args(argv[:cut])

@@ -1,6 +1,7 @@
 """Flax Linen modules: `Mamba`, the block of arXiv 2312.00752, and `SelectiveScan`, the model inside it.
 
-The mathematics is in `jax_sscan.modules`; `jax_sscan.nnx` has the same modules with the same parameters.
+The mathematics is in `jax_sscan.modules`; `jax_sscan.nnx` has the same modules with the same parameters. With the
+option ``shard`` parameters are `linen.Partitioned`.
 """
 
 import jax
@@ -12,21 +13,16 @@ except ModuleNotFoundError as error:
 
 from jax_sscan.modules import mamba, scan_layer
 from jax_sscan.modules.mamba import MambaCache, MambaOptions
-from jax_sscan.modules.parameters import Parameter, Params, Partitioning
+from jax_sscan.modules.parameters import Parameter, Params
 from jax_sscan.modules.scan_layer import SelectiveScanOptions
+from jax_sscan.modules.sharding import Shard
 
 
 class SelectiveScan(SelectiveScanOptions, linen.Module):
     """A selective state space model (S6) with its projections to step sizes, B and C.
 
-    Attributes are those of `SelectiveScanOptions`, and:
-
-    Attributes:
-        partitioning: maps names of parameter axes (see `jax_sscan.modules.parameters.Parameter`) to axes of a mesh;
-            the parameters then are `linen.Partitioned`.
+    Attributes are those of `SelectiveScanOptions`.
     """
-
-    partitioning: Partitioning | None = None
 
     def init_cache(self, batch: int) -> jax.Array:
         """The state before the first position: zeros, (batch, d_inner, d_state)."""
@@ -44,7 +40,7 @@ class SelectiveScan(SelectiveScanOptions, linen.Module):
         return_cache: bool = False,
     ) -> jax.Array | tuple[jax.Array, jax.Array]:
         """Runs the model; arguments, results and errors are those of `jax_sscan.nnx.SelectiveScan`."""
-        params = _params(self, scan_layer.parameters(self), self.partitioning)
+        params = _params(self, scan_layer.parameters(self), self.shard)
         return scan_layer.apply(
             self, params, u, z, cache, segment_ids=segment_ids, mask=mask, return_cache=return_cache
         )
@@ -53,14 +49,8 @@ class SelectiveScan(SelectiveScanOptions, linen.Module):
 class Mamba(MambaOptions, linen.Module):
     """The Mamba block: projection in, causal convolution, SiLU, selective scan, gate and projection out.
 
-    Attributes are those of `MambaOptions`, d_model in first place, and:
-
-    Attributes:
-        partitioning: maps names of parameter axes (see `jax_sscan.modules.parameters.Parameter`) to axes of a mesh,
-            as in ``{"d_inner": "model"}``; the parameters then are `linen.Partitioned`.
+    Attributes are those of `MambaOptions`, d_model in first place.
     """
-
-    partitioning: Partitioning | None = None
 
     def init_cache(self, batch: int) -> MambaCache:
         """The cache before the first position: zeros."""
@@ -77,19 +67,19 @@ class Mamba(MambaOptions, linen.Module):
         return_cache: bool = False,
     ) -> jax.Array | tuple[jax.Array, MambaCache]:
         """Runs the block; arguments, results and errors are those of `jax_sscan.nnx.Mamba`."""
-        params = _params(self, mamba.parameters(self), self.partitioning)
+        params = _params(self, mamba.parameters(self), self.shard)
         return mamba.apply(self, params, x, cache, segment_ids=segment_ids, mask=mask, return_cache=return_cache)
 
 
-def _params(module: linen.Module, table: dict[str, Parameter], partitioning: Partitioning | None) -> Params:
+def _params(module: linen.Module, table: dict[str, Parameter], shard: Shard | None) -> Params:
     """The values of the table's parameters, which Linen creates when it initialises the module."""
     values = {}
     for name, parameter in table.items():
         initializer = parameter.initializer
-        if partitioning is not None:
-            initializer = linen.with_partitioning(initializer, parameter.mesh_axes(partitioning))
+        if shard:
+            initializer = linen.with_partitioning(initializer, tuple(shard.spec(*parameter.axes)))
         values[name] = module.param(name, initializer, parameter.shape, parameter.dtype)
     return values
 
 
-__all__ = ["Mamba", "MambaCache", "MambaOptions", "SelectiveScan", "SelectiveScanOptions"]
+__all__ = ["Mamba", "MambaCache", "MambaOptions", "SelectiveScan", "SelectiveScanOptions", "Shard"]

@@ -1,6 +1,7 @@
 """Flax NNX modules: `Mamba`, the block of arXiv 2312.00752, and `SelectiveScan`, the model inside it.
 
-The mathematics is in `jax_sscan.modules`; `jax_sscan.linen` has the same modules with the same parameters.
+The mathematics is in `jax_sscan.modules`; `jax_sscan.linen` has the same modules with the same parameters. With the
+option ``shard`` parameters carry ``out_sharding``, and NNX wants the mesh in context when it creates them.
 """
 
 import dataclasses
@@ -15,8 +16,9 @@ except ModuleNotFoundError as error:
 
 from jax_sscan.modules import mamba, scan_layer
 from jax_sscan.modules.mamba import MambaCache, MambaOptions
-from jax_sscan.modules.parameters import Parameter, Params, Partitioning
+from jax_sscan.modules.parameters import Parameter, Params
 from jax_sscan.modules.scan_layer import SelectiveScanOptions
+from jax_sscan.modules.sharding import Shard
 
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
@@ -27,15 +29,12 @@ class SelectiveScan(SelectiveScanOptions, nnx.Module):
 
     Attributes:
         rngs: where the initial parameters come from, of the stream "params".
-        partitioning: maps names of parameter axes (see `jax_sscan.modules.parameters.Parameter`) to axes of a mesh;
-            the parameters then carry ``out_sharding``. NNX wants a mesh in context to create them.
     """
 
     rngs: dataclasses.InitVar[nnx.Rngs]
-    partitioning: dataclasses.InitVar[Partitioning | None] = None
 
-    def __post_init__(self, rngs: nnx.Rngs, partitioning: Partitioning | None):
-        add_parameters(self, scan_layer.parameters(self), rngs, partitioning)
+    def __post_init__(self, rngs: nnx.Rngs):
+        add_parameters(self, scan_layer.parameters(self), rngs, self.shard)
 
     def init_cache(self, batch: int) -> jax.Array:
         """The state before the first position: zeros, (batch, d_inner, d_state)."""
@@ -105,16 +104,12 @@ class Mamba(MambaOptions, nnx.Module):
 
     Attributes:
         rngs: where the initial parameters come from, of the stream "params".
-        partitioning: maps names of parameter axes (see `jax_sscan.modules.parameters.Parameter`) to axes of a mesh,
-            as in ``{"d_inner": "model"}``; the parameters then carry ``out_sharding``. NNX wants a mesh in context to
-            create them.
     """
 
     rngs: dataclasses.InitVar[nnx.Rngs]
-    partitioning: dataclasses.InitVar[Partitioning | None] = None
 
-    def __post_init__(self, rngs: nnx.Rngs, partitioning: Partitioning | None):
-        add_parameters(self, mamba.parameters(self), rngs, partitioning)
+    def __post_init__(self, rngs: nnx.Rngs):
+        add_parameters(self, mamba.parameters(self), rngs, self.shard)
 
     def init_cache(self, batch: int) -> MambaCache:
         """The cache before the first position: zeros."""
@@ -174,13 +169,11 @@ class Mamba(MambaOptions, nnx.Module):
         )
 
 
-def add_parameters(
-    module: nnx.Module, table: dict[str, Parameter], rngs: nnx.Rngs, partitioning: Partitioning | None
-) -> None:
-    """Gives ``module`` an `nnx.Param` with an initial value for each row of the table."""
+def add_parameters(module: nnx.Module, table: dict[str, Parameter], rngs: nnx.Rngs, shard: Shard | None) -> None:
+    """Gives ``module`` an `nnx.Param` with an initial value for each row of the table, divided over the mesh."""
     for name, parameter in table.items():
         value = parameter.initializer(rngs.params(), parameter.shape, parameter.dtype)
-        metadata: dict[str, Any] = {} if partitioning is None else {"out_sharding": parameter.mesh_axes(partitioning)}
+        metadata: dict[str, Any] = {"out_sharding": tuple(shard.spec(*parameter.axes))} if shard else {}
         setattr(module, name, nnx.Param(value, **metadata))
 
 
@@ -189,4 +182,4 @@ def parameter_values(module: nnx.Module) -> Params:
     return {name: value[...] for name, value in vars(module).items() if isinstance(value, nnx.Param)}
 
 
-__all__ = ["Mamba", "MambaCache", "MambaOptions", "SelectiveScan", "SelectiveScanOptions"]
+__all__ = ["Mamba", "MambaCache", "MambaOptions", "SelectiveScan", "SelectiveScanOptions", "Shard"]

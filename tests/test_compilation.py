@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import flax.nnx
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -19,6 +20,8 @@ import pytest
 from cases import EVERYTHING, MAMBA, Case
 from checks import jit, x64
 from distributed import P, case_inputs, gradients_of, mesh_of, put, scan_of, specs_of
+
+from jax_sscan.models import MambaConfig, MambaLM, Shard
 
 CASE = Case("base", length=21, dim=4, **EVERYTHING)
 KERNELS = ("jax_sscan_forward", "jax_sscan_backward")
@@ -199,3 +202,76 @@ def test_x64_mode_changes_no_float32_result(implementation: str | None) -> None:
     for name, wanted in expected.items():
         assert got[name].dtype == wanted.dtype, name
         np.testing.assert_array_equal(got[name], wanted, err_msg=name)
+
+
+def model_gradients(shard: Shard | None = None, **options: Any) -> tuple[Any, Any, Any]:
+    """The loss of a language model and its gradients as a function of a dict of arrays, and such a dict."""
+    options = {"num_layers": 2, "scan_layers": True, "remat": "keep_scans", "d_state": 3, **options}
+    model = MambaLM(MambaConfig(8, vocab_size=11, shard=shard, **options), rngs=flax.nnx.Rngs(0))
+    graph, state = flax.nnx.split(model)
+    leaves, tree = jax.tree.flatten(state)
+    ids = np.random.default_rng(0).integers(11, size=(2, 9)).astype(np.int32)
+
+    def gradients(inputs: Any) -> Any:
+        def loss(leaves: Any) -> Any:
+            return jnp.sum(jnp.sin(flax.nnx.merge(graph, tree.unflatten(leaves))(inputs["ids"])))
+
+        return jax.value_and_grad(loss)([inputs[f"parameter_{i}"] for i in range(len(leaves))])
+
+    return gradients, {"ids": ids} | {f"parameter_{i}": leaf for i, leaf in enumerate(leaves)}, state
+
+
+@pytest.mark.usefixtures("virtual_devices")
+def test_a_model_exported_to_a_new_process(tmp_path: Path) -> None:
+    """Loss and gradients of stacked, rematerialised layers: one artefact for two platforms."""
+    gradients, inputs, _ = model_gradients()
+    exported = jax.export.export(jax.jit(gradients), platforms=["cpu", "cuda"], disabled_checks=CHECKS)(inputs)
+    (tmp_path / "exported").write_bytes(exported.serialize())
+    np.savez(tmp_path / "in.npz", **inputs)
+    in_a_new_process(LOAD, *(str(tmp_path / name) for name in ("exported", "in.npz", "out.npz")), JAX_PLATFORMS="cpu")
+    got = np.load(tmp_path / "out.npz")
+    for x, wanted in zip(got.values(), jax.tree.leaves(jit(gradients)(inputs)), strict=True):
+        np.testing.assert_allclose(x, wanted, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.usefixtures("virtual_devices")
+def test_a_divided_model_is_exported() -> None:
+    """With ``shard`` the program names no Python callback, so that nothing has to be left out."""
+    shard = Shard(batch="x", channels="y")
+    expected_of, expected_inputs, _ = model_gradients()
+    with jax.set_mesh(mesh_of(x=2, y=2)):
+        gradients, inputs, _ = model_gradients(shard)
+        exported = jax.export.export(jax.jit(gradients), platforms=["cpu"], disabled_checks=CHECKS)(inputs)
+        assert exported.nr_devices == 4
+        got = jax.jit(jax.export.deserialize(exported.serialize()).call)(inputs)
+    for x, wanted in zip(jax.tree.leaves(got), jax.tree.leaves(jit(expected_of)(expected_inputs)), strict=True):
+        np.testing.assert_allclose(x, wanted, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.usefixtures("restored")
+def test_a_model_in_debugging_modes() -> None:
+    """No leaked tracer, no NaN on the way, and 64-bit mode changes nothing of a float32 model."""
+    gradients, inputs, _ = model_gradients()
+    expected = jit(gradients)(inputs)
+    with x64():
+        wide = jit(gradients)(inputs)
+    for x, wanted in zip(jax.tree.leaves(wide), jax.tree.leaves(expected), strict=True):
+        assert x.dtype == wanted.dtype
+        np.testing.assert_allclose(x, wanted, rtol=1e-5, atol=1e-5)
+    jax.clear_caches()
+    jax.config.update("jax_check_tracer_leaks", True)
+    jax.config.update("jax_debug_nans", True)
+    jax.block_until_ready(jit(gradients)(inputs))
+
+
+def test_a_training_step_donates_its_state() -> None:
+    gradients, inputs, state = model_gradients()
+    leaves = jax.tree.leaves(state)
+
+    def step(leaves: Any) -> Any:
+        updates = gradients({"ids": inputs["ids"]} | {f"parameter_{i}": leaf for i, leaf in enumerate(leaves)})[1]
+        return [leaf - 0.1 * update for leaf, update in zip(leaves, updates, strict=True)]
+
+    new = jax.jit(step, donate_argnums=0)(leaves)
+    assert all(leaf.is_deleted() for leaf in leaves) and not any(leaf.is_deleted() for leaf in new)
+    assert jax.eval_shape(step, new) == [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in new]

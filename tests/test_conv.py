@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import oracle
 import pytest
 from cases import BF16, F16, F32, F64, dtype
 from checks import check, jit, x64
+from jax.test_util import check_grads
 
 import jax_sscan
 
@@ -207,18 +209,82 @@ def test_nan_does_not_cross_a_segment_boundary() -> None:
     assert np.isnan(np.asarray(out[:, :, 4])).all()
 
 
-@pytest.mark.parametrize("in_axes", [(0, None, None), (1, None, None), (0, 0, 0), (None, 0, None)])
-def test_vmap_equals_a_loop(in_axes: tuple[Any, ...]) -> None:
-    inputs = conv_inputs(bias=True, length=9)
-    args = []
-    for axis, name in zip(in_axes, ("x", "weight", "bias"), strict=True):
-        x = jnp.asarray(inputs[name])
-        args.append(x if axis is None else jnp.stack([x, 2 * x, -x], axis))
+ARGUMENTS = ("x", "weight", "bias", "initial_state", "segment_ids")
 
-    def conv(x: Any, weight: Any, bias: Any) -> Any:
-        return jax_sscan.causal_conv1d(x, weight, bias, activation="silu")
 
-    got = jax.vmap(conv, in_axes)(*args)
+def conv_with_gradients(inputs: dict[str, Any]) -> Any:
+    """Output, final state and the gradients of all floating inputs of a loss of both."""
+
+    def loss(arrays: Any) -> Any:
+        out, state = jax_sscan.causal_conv1d(
+            **{**inputs, **arrays}, activation="silu", layout="bld", return_final_state=True
+        )
+        return jnp.sum(jnp.sin(out)) + jnp.sum(state**3), (out, state)
+
+    return jax.grad(loss, has_aux=True)({name: x for name, x in inputs.items() if name != "segment_ids"})
+
+
+@pytest.mark.parametrize("outer", [("x",), ("weight", "bias"), ("x", "segment_ids"), ARGUMENTS], ids="+".join)
+@pytest.mark.parametrize("inner", [("x", "initial_state"), ("weight",)], ids="+".join)
+def test_nested_vmap_of_gradients_equals_a_loop(outer: tuple[str, ...], inner: tuple[str, ...]) -> None:
+    """Two maps, the outer one over last axes and the inner one over axis 1: no loop, whatever is mapped."""
+    one = {name: jnp.asarray(x) for name, x in conv_inputs(length=9, layout="bld", **FULL).items()}
+
+    def mapped(array: jax.Array, size: int, axis: int) -> jax.Array:
+        step = jnp.ones((), array.dtype)
+        return jnp.stack([jnp.roll(array, i, 0) + i * step for i in range(size)], axis)
+
+    inputs, in_axes, out_axes = dict(one), {}, {}
+    for name in one:
+        in_axes[name] = 1 if name in inner else None
+        inputs[name] = mapped(inputs[name], 2, 1) if name in inner else inputs[name]
+        out_axes[name] = inputs[name].ndim if name in outer else None
+        inputs[name] = mapped(inputs[name], 3, out_axes[name]) if name in outer else inputs[name]
+    nested = jit(jax.vmap(jax.vmap(conv_with_gradients, (in_axes,)), (out_axes,))).lower(inputs)
+    assert "stablehlo.while" not in nested.as_text()
+    got, single = nested.compile()(inputs), jit(conv_with_gradients)
     for i in range(3):
-        one = [a if ax is None else jnp.take(a, i, ax) for a, ax in zip(args, in_axes, strict=True)]
-        np.testing.assert_allclose(got[i], conv(*one), rtol=1e-6, atol=1e-6)
+        for j in range(2):
+            lane = {k: x if out_axes[k] is None else jnp.take(x, i, out_axes[k]) for k, x in inputs.items()}
+            lane = {k: x if in_axes[k] is None else jnp.take(x, j, in_axes[k]) for k, x in lane.items()}
+            expected = single(lane)
+            jax.tree.map(
+                lambda g, e, i=i, j=j: np.testing.assert_allclose(g[i, j], e, rtol=1e-5, atol=1e-5), got, expected
+            )
+
+
+def test_gradient_of_a_vmap() -> None:
+    """A filter that the lanes share gets the sum of their gradients."""
+    inputs = {name: jnp.asarray(x) for name, x in conv_inputs(length=9, layout="bld", **FULL).items()}
+    x = inputs.pop("x")
+    lanes = jnp.stack([x, 2 * x, -x], 1)
+
+    def loss(weight: Any, x: Any) -> Any:
+        return jnp.sum(jnp.sin(jax_sscan.causal_conv1d(x, **{**inputs, "weight": weight}, layout="bld")))
+
+    gradient = jax.jit(jax.grad(lambda w: jnp.sum(jax.vmap(loss, (None, 1))(w, lanes))))(inputs["weight"])
+    expected = sum(jax.grad(loss)(inputs["weight"], lanes[:, i]) for i in range(3))
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_derivatives_of_first_and_second_order() -> None:
+    """Both modes and their combinations, against finite differences."""
+    with x64():
+        inputs = conv_inputs(batch=1, dim=2, length=6, x_dtype=F64, weight_dtype=F64, **FULL)
+        ids = inputs.pop("segment_ids")
+
+        def conv(inputs: Any) -> Any:
+            return jax_sscan.causal_conv1d(**inputs, segment_ids=ids, activation="silu", return_final_state=True)
+
+        check_grads(conv, (inputs,), order=2, modes=("fwd", "rev"))
+
+
+def test_eval_shape_and_checkpoint() -> None:
+    x, weight = jax.ShapeDtypeStruct((64, 1 << 20, 8192), jnp.bfloat16), jax.ShapeDtypeStruct((8192, 4), jnp.float32)
+    conv = partial(jax_sscan.causal_conv1d, activation="silu", layout="bld")
+    assert jax.eval_shape(conv, x, weight).shape == x.shape
+    small = {name: jnp.asarray(value) for name, value in conv_inputs(length=9).items()}
+    loss = lambda x, weight: jnp.sum(jnp.sin(jax_sscan.causal_conv1d(x, weight)))  # noqa: E731
+    got = jit(jax.grad(jax.checkpoint(loss), (0, 1)))(small["x"], small["weight"])
+    for gradient, expected in zip(got, jit(jax.grad(loss, (0, 1)))(small["x"], small["weight"]), strict=True):
+        np.testing.assert_allclose(gradient, expected, rtol=1e-6, atol=1e-6)

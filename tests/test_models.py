@@ -135,20 +135,6 @@ def test_bfloat16_computation() -> None:
     assert 0 < errors[0] < 0.03 and 0 < errors[1] < 0.05
 
 
-def test_parameters_over_a_mesh() -> None:
-    mesh = jax.make_mesh((1,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
-    with jax.set_mesh(mesh):
-        for scan_layers in (False, True):
-            config = dataclasses.replace(CONFIG, scan_layers=scan_layers)
-            model = MambaLM(config, rngs=flax.nnx.Rngs(0), partitioning={"d_inner": "model", "vocab": "model"})
-            specs = flax.nnx.get_partition_spec(flax.nnx.state(model, flax.nnx.Param))
-            layer = specs["layers"] if scan_layers else specs["layers"][0]
-            first = (None,) if scan_layers else ()
-            assert layer["mixer"]["in_proj"].get_value() == jax.sharding.PartitionSpec(*first, None, "model")
-            assert specs["embedding"].get_value() == jax.sharding.PartitionSpec("model", None)
-            assert jnp.isfinite(run(model, tokens(1, 4))).all()
-
-
 # ---- Generation
 
 

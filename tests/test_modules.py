@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import block_oracle
-import flax.linen
 import flax.nnx
 import jax
 import jax.numpy as jnp
@@ -256,17 +255,60 @@ def test_bfloat16_where_it_belongs() -> None:
     assert half(wide_params, x).dtype == jnp.bfloat16
 
 
-def test_partitioning_metadata() -> None:
-    mesh = jax.make_mesh((1,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
-    with jax.set_mesh(mesh):
-        module = jax_sscan.nnx.Mamba(8, rngs=flax.nnx.Rngs(0), partitioning={"d_inner": "model"})
-    specs = flax.nnx.get_partition_spec(flax.nnx.state(module, flax.nnx.Param))
-    linen = jax_sscan.linen.Mamba(8, partitioning={"d_inner": "model"})
-    variables = linen.init(jax.random.key(0), jnp.ones((1, 2, 8)))
-    linen_specs = flax.linen.get_partition_spec(variables)["params"]
-    expected = {"in_proj": (None, "model"), "out_proj": ("model", None), "A_log": ("model", None), "D": ("model",)}
-    for name, axes in expected.items():
-        assert specs[name].get_value() == linen_specs[name] == jax.sharding.PartitionSpec(*axes), name
+@pytest.mark.parametrize("mapped", ["x", "params", "both"])
+def test_vmap_equals_a_loop(mapped: str) -> None:
+    """Of values and gradients, inside and outside: over inputs at axis 1, an ensemble of parameters, and both."""
+    run, params = block(compiled=False)
+    x = inputs(length=5)
+    over_x, over_params = mapped != "params", mapped != "x"
+    xs = jnp.stack([x, -x, 2 * x], 1) if over_x else x
+    ensemble = jax.tree.map(lambda p: jnp.stack([p, 0.9 * p, 1.1 * p], p.ndim), params) if over_params else params
+    axes = jax.tree.map(lambda p: p.ndim if over_params else None, params), 1 if over_x else None
+
+    def loss(params: Any, x: Any) -> Any:
+        return jnp.sum(jnp.sin(run(params, x)))
+
+    each = jax.value_and_grad(loss, (0, 1))
+    outside = jax.grad(lambda params, x: jnp.sum(jax.vmap(loss, axes)(params, x)), (0, 1))
+    got, summed = jit(lambda params, x: (jax.vmap(each, axes)(params, x), outside(params, x)))(ensemble, xs)
+    one = jit(each)
+    lanes = [
+        one(
+            jax.tree.map(lambda p, i=i: p[..., i] if over_params else p, ensemble),
+            xs[:, i] if over_x else xs,
+        )
+        for i in range(3)
+    ]
+    jax.tree.map(lambda g, *e: close(g, np.stack(e), 1e-4), got, *lanes)
+    for total, separate, is_mapped in ((summed[0], got[1][0], over_params), (summed[1], got[1][1], over_x)):
+        axis = 1 if separate is got[1][1] else None
+        jax.tree.map(
+            lambda t, s, m=is_mapped, a=axis: close(t, jnp.moveaxis(s, 0, a or t.ndim - 1) if m else s.sum(0), 1e-4),
+            total,
+            separate,
+        )
+
+
+def test_forward_mode_and_second_derivatives() -> None:
+    """The tangent is that of the gradient, and the Hessian times a vector that of finite differences."""
+    run, params = block(compiled=False)
+    x = inputs(length=5)
+    rng = np.random.default_rng(5)
+    v = {name: jnp.asarray(rng.standard_normal(p.shape), p.dtype) for name, p in params.items()}
+
+    def loss(params: Any) -> Any:
+        return jnp.sum(jnp.sin(run(params, x)))
+
+    @jit
+    def derivatives(params: Any) -> Any:
+        value = jax.grad(loss)(params)
+        return value, jax.jvp(loss, (params,), (v,))[1], jax.jvp(jax.grad(loss), (params,), (v,))[1]
+
+    gradient, tangent, product = derivatives(params)
+    close(tangent, sum(np.vdot(gradient[name], v[name]) for name in v), 1e-4)
+    moved = [derivatives({name: params[name] + step * v[name] for name in v})[0] for step in (1e-2, -1e-2)]
+    for name in params:
+        close(product[name], (moved[0][name] - moved[1][name]) / 2e-2, 2e-2)
 
 
 def test_nothing_is_transposed_around_the_scan() -> None:

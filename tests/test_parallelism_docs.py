@@ -1,5 +1,6 @@
 """What docs/parallelism.md shows runs as printed, and divided work gives what one device does."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -27,3 +28,7 @@ def test_the_page_runs_and_means_what_it_says() -> None:
     whole = jax.grad(names["loss"], argnums=(0, 1, 2, 3, 4, 5))(u, delta, A, B, C, weight)
     for got, wanted in zip(names["gradients"], whole, strict=True):
         np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+    np.testing.assert_allclose(names["same"], names["losses"], rtol=1e-5)
+    one_device = dataclasses.replace(names["config"], shard=names["Shard"]())
+    alone = names["train"](jax.make_mesh((1,), ("x",)), one_device)
+    np.testing.assert_allclose(names["losses"], alone, rtol=1e-5)

@@ -15,5 +15,16 @@ from jax_sscan.models.checkpoints import load_pretrained, save_pretrained
 from jax_sscan.models.config import MambaConfig
 from jax_sscan.models.generation import generate, sample, score
 from jax_sscan.models.language_model import Block, MambaLM
+from jax_sscan.modules.sharding import Shard
 
-__all__ = ["Block", "MambaConfig", "MambaLM", "generate", "load_pretrained", "sample", "save_pretrained", "score"]
+__all__ = [
+    "Block",
+    "MambaConfig",
+    "MambaLM",
+    "Shard",
+    "generate",
+    "load_pretrained",
+    "sample",
+    "save_pretrained",
+    "score",
+]

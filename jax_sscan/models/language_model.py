@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.core import Tracer
+from jax.sharding import PartitionSpec
 
 from jax_sscan import checks
 from jax_sscan.models.config import MambaConfig
 from jax_sscan.modules.mamba import MambaCache
-from jax_sscan.modules.parameters import Parameter, Partitioning, rms_norm
+from jax_sscan.modules.parameters import Parameter, rms_norm
+from jax_sscan.modules.sharding import Shard, divided, for_call, is_inside, share, total
 from jax_sscan.nnx import Mamba, add_parameters
 
 LMCache = tuple[MambaCache, ...] | MambaCache
@@ -24,15 +26,14 @@ class Block(nnx.Module):
     Args:
         config: the model's configuration.
         rngs: where the initial parameters come from.
-        partitioning: as in `jax_sscan.nnx.Mamba`.
     """
 
     norm: nnx.Param
 
-    def __init__(self, config: MambaConfig, *, rngs: nnx.Rngs, partitioning: Partitioning | None = None):
+    def __init__(self, config: MambaConfig, *, rngs: nnx.Rngs):
         self.config = config
-        add_parameters(self, {"norm": _norm(config)}, rngs, partitioning)
-        self.mixer = Mamba(**config.block_options, rngs=rngs, partitioning=partitioning)
+        add_parameters(self, {"norm": _norm(config)}, rngs, config.shard)
+        self.mixer = Mamba(**config.block_options, rngs=rngs)
 
     def __call__(
         self,
@@ -58,8 +59,6 @@ class MambaLM(nnx.Module):
     Args:
         config: its configuration.
         rngs: where the initial parameters come from, of the stream "params".
-        partitioning: maps names of parameter axes ("d_model", "d_inner", "vocab", ...) to axes of a mesh, as in
-            `jax_sscan.nnx.Mamba`.
 
     Attributes:
         config: the configuration.
@@ -73,15 +72,15 @@ class MambaLM(nnx.Module):
     norm: nnx.Param
     head: nnx.Param
 
-    def __init__(self, config: MambaConfig, *, rngs: nnx.Rngs, partitioning: Partitioning | None = None):
+    def __init__(self, config: MambaConfig, *, rngs: nnx.Rngs):
         self.config = config
         initializer = jax.nn.initializers.normal(0.02)
         tokens = Parameter((config.vocab_size, config.d_model), ("vocab", "d_model"), initializer, config.param_dtype)
         table = {"embedding": tokens, "norm": _norm(config)}
         if not config.tie_embeddings:
             table["head"] = tokens
-        add_parameters(self, table, rngs, partitioning)
-        blocks = [Block(config, rngs=rngs, partitioning=partitioning) for _ in range(config.num_layers)]
+        add_parameters(self, table, rngs, config.shard)
+        blocks = [Block(config, rngs=rngs) for _ in range(config.num_layers)]
         self.layers = _stack(blocks) if config.scan_layers else nnx.List(blocks)
 
     def init_cache(self, batch: int) -> LMCache:
@@ -105,10 +104,71 @@ class MambaLM(nnx.Module):
         Returns:
             The normed output of the last block, and the cache, which is None unless asked for.
         """
+        return self._run(False, input_ids, cache, attention_mask, segment_ids, return_cache)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """(..., d_model) -> (..., vocab_size), summed up and returned in float32 or wider."""
+        shard = self.config.shard
+        weight = (self.embedding if self.config.tie_embeddings else self.head)[...].astype(hidden.dtype)
+        # Rows as in jax_sscan.modules.parameters.dense, unless jit would have to gather them.
+        whole = shard is None or is_inside(shard)
+        rows = hidden.reshape(-1, hidden.shape[-1]) if whole else hidden
+        dtype = jnp.promote_types(hidden.dtype, jnp.float32)
+        out = jax.lax.dot_general(rows, weight, (((rows.ndim - 1,), (1,)), ((), ())), preferred_element_type=dtype)
+        return out.reshape(*hidden.shape[:-1], weight.shape[0])
+
+    def _run(
+        self,
+        to_logits: bool,
+        input_ids: jax.Array,
+        cache: LMCache | None,
+        attention_mask: jax.Array | None,
+        segment_ids: jax.Array | None,
+        return_cache: bool,
+    ) -> tuple[jax.Array, LMCache | None]:
+        """Checks the arguments and divides the work; returns hidden states or logits, and the cache."""
         config = self.config
         input_ids = check_token_ids("input_ids", input_ids, config.vocab_size)
         mask = None if attention_mask is None else as_mask(attention_mask, input_ids.shape)
-        x = self.embedding[...][input_ids].astype(config.compute_dtype)
+        shard = for_call(config.shard, input_ids.shape[1], mask)
+        graph, state = nnx.split(self)
+        leaves, tree = jax.tree.flatten(state)
+        variables = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+        leaf_specs = [PartitionSpec(*variable.get_metadata().get("out_sharding", ())) for variable in variables]
+        ids_spec = shard.spec("batch", "length")
+        stack = (None,) if config.scan_layers else ()
+        cache_spec = shard.spec(*stack, "batch", "d_inner")
+
+        def run(leaves: Any, input_ids: jax.Array, cache: Any, segment_ids: Any, mask: Any) -> Any:
+            model: MambaLM = nnx.merge(graph, tree.unflatten(share(leaves, shard.rows)))
+            hidden, cache = model._hidden_states(shard, input_ids, cache, segment_ids, mask, return_cache)
+            return (model.logits(hidden) if to_logits else hidden), cache
+
+        out_spec = shard.spec("batch", "length", "vocab" if to_logits else None)
+        return divided(
+            shard,
+            run,
+            (leaf_specs, ids_spec, cache_spec, ids_spec, ids_spec),
+            (out_spec, cache_spec),
+            leaves,
+            input_ids,
+            cache,
+            segment_ids,
+            mask,
+        )
+
+    def _hidden_states(
+        self,
+        shard: Shard,
+        input_ids: jax.Array,
+        cache: LMCache | None,
+        segment_ids: jax.Array | None,
+        mask: jax.Array | None,
+        return_cache: bool,
+    ) -> tuple[jax.Array, LMCache | None]:
+        """The model on one device's part of everything."""
+        config = self.config
+        x = self._embed(input_ids)
         if config.residual_f32:
             x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         graph, _ = nnx.split(self.layers if isinstance(self.layers, Block) else self.layers[0])
@@ -116,6 +176,7 @@ class MambaLM(nnx.Module):
         @config.checkpoint
         def run(x: jax.Array, state: Any, cache: MambaCache | None) -> tuple[jax.Array, MambaCache | None]:
             block = nnx.merge(graph, state)
+            block.mixer.shard = shard  # what divides this call
             return block(x, cache, segment_ids=segment_ids, mask=mask, return_cache=return_cache)
 
         new_cache: LMCache | None
@@ -131,13 +192,17 @@ class MambaLM(nnx.Module):
             new_cache = tuple(new) if return_cache else None
         return rms_norm(x, self.norm[...], config.norm_eps, config.compute_dtype), new_cache
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """(..., d_model) -> (..., vocab_size), summed up and returned in float32 or wider."""
-        weight = (self.embedding if self.config.tie_embeddings else self.head)[...].astype(hidden.dtype)
-        rows = hidden.reshape(-1, hidden.shape[-1])  # as in jax_sscan.modules.parameters.dense
-        dtype = jnp.promote_types(hidden.dtype, jnp.float32)
-        out = jax.lax.dot_general(rows, weight, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
-        return out.reshape(*hidden.shape[:-1], weight.shape[0])
+    def _embed(self, input_ids: jax.Array) -> jax.Array:
+        """The rows of the embedding: where devices have some each, a sum of which all terms but one are zero."""
+        config, table = self.config, self.embedding[...]
+        if config.shard is None or config.shard.vocabulary is None:
+            return table[input_ids].astype(config.compute_dtype)
+        axes = config.shard.vocabulary
+        # As JAX clamps them on one device.
+        index = jnp.clip(input_ids, 0, config.vocab_size - 1) - jax.lax.axis_index(axes) * table.shape[0]
+        is_here = (index >= 0) & (index < table.shape[0])
+        rows = jnp.where(is_here[..., None], table[jnp.where(is_here, index, 0)], 0)
+        return total(rows.astype(config.compute_dtype), axes)
 
     @overload
     def __call__(
@@ -187,10 +252,7 @@ class MambaLM(nnx.Module):
             ValueError: a shape is wrong.
             TypeError: a dtype is wrong or something is not an array.
         """
-        hidden, cache = self.hidden_states(
-            input_ids, cache, attention_mask=attention_mask, segment_ids=segment_ids, return_cache=return_cache
-        )
-        logits = self.logits(hidden)
+        logits, cache = self._run(True, input_ids, cache, attention_mask, segment_ids, return_cache)
         return (logits, cast(LMCache, cache)) if return_cache else logits
 
 

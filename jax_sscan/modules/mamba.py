@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -11,6 +12,7 @@ from jax_sscan import checks
 from jax_sscan.conv import causal_conv1d, causal_conv1d_update
 from jax_sscan.modules import padding, ssm
 from jax_sscan.modules.parameters import Parameter, Params, dense, uniform_fan_in
+from jax_sscan.modules.sharding import Shard, divided, for_call, share
 from jax_sscan.modules.ssm import SSMOptions, check_size
 
 _REVERSE = "reverse_"  # prefix of the parameters of the direction from the last position to the first
@@ -124,27 +126,59 @@ def apply(
         mask = padding.check_mask(mask, batch, length)
     if options.bidirectional and (cache is not None or return_cache):
         raise ValueError("a bidirectional block has no cache: it reads whole sequences only")
-    dtype = jnp.result_type(x.dtype, options.param_dtype) if options.dtype is None else options.dtype
+    shard = for_call(options.shard, length, mask, options.bidirectional)
+    cache_spec = shard.spec("batch", "d_inner")
+    x_spec, ids_spec = shard.spec("batch", "length", None), shard.spec("batch", "length")
+    param_specs = {name: shard.spec(*parameter.axes) for name, parameter in parameters(options).items()}
+    out, new_cache = divided(
+        shard,
+        partial(_apply, options, shard, return_cache),
+        (param_specs, x_spec, cache_spec, ids_spec, ids_spec),
+        (x_spec, cache_spec),
+        params,
+        x,
+        cache,
+        segment_ids,
+        mask,
+    )
+    return (out, new_cache) if return_cache else out
 
+
+def _apply(
+    options: MambaOptions,
+    shard: Shard,
+    return_cache: bool,
+    params: Params,
+    x: jax.Array,
+    cache: MambaCache | None,
+    segment_ids: jax.Array | None,
+    mask: jax.Array | None,
+) -> tuple[jax.Array, MambaCache | None]:
+    """The block on one device's part of everything."""
+    dtype = jnp.result_type(x.dtype, options.param_dtype) if options.dtype is None else options.dtype
+    params = share(params, shard.rows)
+    x = share(x, shard.channels)
     u = dense(x, params["in_proj"], params.get("in_proj_bias"), dtype)
     z = dense(x, params["z_proj"], params.get("z_proj_bias"), dtype)
-    y, new_cache = _inner(options, params, u, z, cache, segment_ids, mask, return_cache)
+    run = partial(_inner, options, shard=shard, u=u, z=z, segment_ids=segment_ids, mask=mask)
+    y, new_cache = run(params, cache=cache, return_cache=return_cache)
     if options.bidirectional:
         params_back = {name.removeprefix(_REVERSE): p for name, p in params.items() if name.startswith(_REVERSE)}
-        y = y + _inner(options, params_back, u, z, None, segment_ids, mask, False, reverse=True)[0]
-    out = dense(y, params["out_proj"], params.get("out_proj_bias"), dtype)
-    return (out, cast(MambaCache, new_cache)) if return_cache else out
+        y = y + run(params_back, reverse=True)[0]
+    return dense(y, params["out_proj"], params.get("out_proj_bias"), dtype, shard.channels), new_cache
 
 
 def _inner(
     options: MambaOptions,
     params: Params,
+    *,
+    shard: Shard,
     u: jax.Array,
     z: jax.Array,
-    cache: MambaCache | None,
     segment_ids: jax.Array | None,
     mask: jax.Array | None,
-    return_cache: bool,
+    cache: MambaCache | None = None,
+    return_cache: bool = False,
     reverse: bool = False,
 ) -> tuple[jax.Array, MambaCache | None]:
     """Convolution and state space model, in one direction."""
@@ -159,7 +193,7 @@ def _inner(
         ids = padding.extend_segments(mask, segment_ids)
         silent = padding.silence(mask, u)
         u, window = padding.masked_conv1d(turn(silent), conv_kernel, conv_bias, window, turn(mask), turn(ids), "silu")
-    elif u.shape[1] == 1 and window is not None:
+    elif u.shape[1] == 1 and window is not None and shard.length is None:
         u, window = causal_conv1d_update(u[:, 0], window, conv_kernel, conv_bias, "silu")
         u = u[:, None]
     else:
@@ -174,6 +208,7 @@ def _inner(
                 activation="silu",
                 return_final_state=True,
                 layout="bld",
+                axis_name=shard.length,
             ),
         )
     y, state = ssm.apply(
@@ -186,5 +221,6 @@ def _inner(
         mask=mask,
         reverse=reverse,
         return_state=return_cache,
+        shard=shard,
     )
     return y, MambaCache(window, cast(jax.Array, state)) if return_cache else None

@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jax_sscan.modules.sharding import MeshAxes, total
+
 Initializer = Callable[..., jax.Array]
 Params = Mapping[str, jax.Array]
-Partitioning = Mapping[str, str | tuple[str, ...] | None]
 
 
 class Parameter(NamedTuple):
@@ -17,7 +18,7 @@ class Parameter(NamedTuple):
     Attributes:
         shape: its shape.
         axes: the name of each axis ("d_model", "d_inner", "d_state", "d_conv", "dt_rank", "ssm", "vocab"), which a
-            partitioning maps to axes of a mesh.
+            `jax_sscan.modules.sharding.Shard` maps to axes of a mesh.
         initializer: ``initializer(key, shape, dtype)``.
         dtype: its dtype.
     """
@@ -26,10 +27,6 @@ class Parameter(NamedTuple):
     axes: tuple[str, ...]
     initializer: Initializer
     dtype: Any
-
-    def mesh_axes(self, partitioning: Partitioning) -> tuple[Any, ...]:
-        """Which axis of the mesh each axis is split over; None for none."""
-        return tuple(partitioning.get(axis) for axis in self.axes)
 
 
 def uniform_fan_in(gain: float = 1.0, in_axis: int = -2, out_axis: int = -1) -> Initializer:
@@ -46,14 +43,14 @@ def wide(param_dtype: Any) -> Any:
     return jnp.promote_types(param_dtype, jnp.float32)
 
 
-def dense(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, dtype: Any) -> jax.Array:
-    """``x @ kernel + bias`` on the last axis, in dtype.
+def dense(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, dtype: Any, divided: MeshAxes = None) -> jax.Array:
+    """``x @ kernel + bias`` on the last axis, in dtype; ``divided`` are the mesh axes that divide that axis of x.
 
     A plain matrix product of all positions: contracted over two axes, batch and length, for the kernel's gradient, XLA
     would transpose both factors first.
     """
     rows = x.reshape(-1, x.shape[-1]).astype(dtype)
-    out = jnp.dot(rows, kernel.astype(dtype)).reshape(*x.shape[:-1], kernel.shape[-1])
+    out = total(jnp.dot(rows, kernel.astype(dtype)), divided).reshape(*x.shape[:-1], kernel.shape[-1])
     return out if bias is None else out + bias.astype(dtype)
 
 

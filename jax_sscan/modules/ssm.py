@@ -11,6 +11,7 @@ from jax_sscan import checks
 from jax_sscan.decode import selective_state_update
 from jax_sscan.modules import padding
 from jax_sscan.modules.parameters import Parameter, Params, dense, rms_norm, uniform_fan_in, wide
+from jax_sscan.modules.sharding import Shard, share
 from jax_sscan.scan import selective_scan
 
 
@@ -32,6 +33,8 @@ class SSMOptions:
             sizes are float32 at least, whatever it is.
         param_dtype: dtype of the parameters; A_log, D and dt_bias are float32 at least.
         implementation: of the scan; see `jax_sscan.selective_scan`.
+        shard: which axes of the mesh in context divide the work and the parameters; None for one device, or to leave it
+            to jit.
     """
 
     d_state: int = 16
@@ -45,6 +48,7 @@ class SSMOptions:
     dtype: Any = None
     param_dtype: Any = jnp.float32
     implementation: str | None = None
+    shard: Shard | None = None
 
 
 def parameters(options: SSMOptions, d_inner: int, dt_rank: int) -> dict[str, Parameter]:
@@ -94,6 +98,7 @@ def apply(
     mask: jax.Array | None = None,
     reverse: bool = False,
     return_state: bool = False,
+    shard: Shard,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Runs the model on a sequence, or on one step of it where length is 1 and there is a state.
 
@@ -107,6 +112,7 @@ def apply(
         mask: (batch, length) bool, False at padding, or None.
         reverse: whether time runs from the last position to the first.
         return_state: whether to return the state after the last real position, which is None otherwise.
+        shard: how all these are divided, if this is inside of `jax.shard_map`.
 
     Returns:
         The output (batch, length, d_inner) in u's dtype, which at padding means nothing, and the state.
@@ -115,7 +121,8 @@ def apply(
     u = padding.silence(mask, u)
     segment_ids = padding.extend_segments(mask, segment_ids)
     dt_rank, n = params["dt_proj"].shape[0], params["A_log"].shape[1]
-    dt, B, C = jnp.split(dense(u, params["x_proj"], None, dtype), [dt_rank, dt_rank + n], axis=-1)
+    projected = share(dense(u, params["x_proj"], None, dtype, shard.channels), shard.channels)
+    dt, B, C = jnp.split(projected, [dt_rank, dt_rank + n], axis=-1)
     if options.inner_norm is not None:
         eps = options.inner_norm_eps
         dt = rms_norm(dt, params.get("dt_norm"), eps, dtype)
@@ -123,7 +130,7 @@ def apply(
         C = rms_norm(C, params.get("C_norm"), eps, dtype)
     delta = padding.stand_still(mask, dense(dt, params["dt_proj"], None, dtype))
     A = -jnp.exp(params["A_log"])
-    if u.shape[1] == 1 and state is not None and mask is None:
+    if u.shape[1] == 1 and state is not None and mask is None and shard.length is None:
         gate = None if z is None else z[:, 0]
         y, state = selective_state_update(
             state, u[:, 0], delta[:, 0], A, B[:, 0], C[:, 0], params["D"], gate, params["dt_bias"], dt_softplus=True
@@ -144,6 +151,7 @@ def apply(
         reverse=reverse,
         return_last_state=return_state,
         layout="bld",
+        axis_name=shard.length,
         implementation=options.implementation,
     )
     return cast(tuple[jax.Array, jax.Array], y) if return_state else (cast(jax.Array, y), None)
