@@ -3,18 +3,12 @@ and its threads. What it computes is tested with all other implementations, in t
 
 from __future__ import annotations
 
-import functools
 import os
 import shutil
 import subprocess
 import sys
-import threading
 from pathlib import Path
-from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
 import jax_sscan
@@ -128,48 +122,3 @@ print(digest.hexdigest())
     # NPROC is how many threads XLA gives its pool.
     digests = {threads: run_python(code, NPROC=str(threads)) for threads in (1, 2, 7)}
     assert len(set(digests.values())) == 1, digests
-
-
-def test_many_calls_at_once() -> None:
-    """32 jitted calls from 32 threads: they share XLA's pool, on which a call must never wait."""
-    count = 32
-    rng = np.random.default_rng(0)
-    shape = (2, 40, 200)
-
-    def array(*shape: int) -> Any:
-        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
-
-    A, B = -jnp.exp(array(40, 16)), array(2, 16, 200)
-
-    @functools.partial(jax.jit, static_argnums=2)
-    def value_and_gradient(u: Any, delta: Any, repeats: int) -> Any:
-        def loss(u: Any) -> Any:
-            # Several kernels in one program too, which XLA may run side by side.
-            scans = [
-                jax_sscan.selective_scan(
-                    u * (i + 1), delta, A, B, B, delta_softplus=True, implementation="cpu"
-                )
-                for i in range(repeats)
-            ]  # fmt: skip
-            return sum(jnp.sum(scan**2) for scan in scans)
-
-        return jax.value_and_grad(loss)(u)
-
-    inputs = [(array(*shape), array(*shape)) for _ in range(count)]
-    expected = [jax.device_get(value_and_gradient(u, delta, 3)) for u, delta in inputs]
-    results: list[Any] = [None] * count
-    start = threading.Barrier(count)
-
-    def work(i: int) -> None:
-        start.wait()
-        for _ in range(5):
-            results[i] = jax.device_get(value_and_gradient(*inputs[i], 3))
-
-    threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=120)
-    assert not any(thread.is_alive() for thread in threads), "a call never came back"
-    for got, wanted in zip(results, expected, strict=True):
-        jax.tree.map(np.testing.assert_array_equal, got, wanted)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -388,6 +389,51 @@ def test_lax_scan_over_chunks(implementation: str | None) -> None:
     check(got, out, "out")
     for name, wanted in expected.items():
         check(gradients[name], wanted, f"gradient of {name}")
+
+
+def test_threads(implementation: str | None) -> None:
+    """32 jitted calls from 32 threads: on a CPU they share XLA's pool, on which a call must never wait."""
+    count = 32
+    rng = np.random.default_rng(0)
+    shape = (2, 40, 200)
+
+    def array(*shape: int) -> Any:
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+    A, B = -jnp.exp(array(40, 16)), array(2, 16, 200)
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def value_and_gradient(u: Any, delta: Any, repeats: int) -> Any:
+        def loss(u: Any) -> Any:
+            # Several kernels in one program too, which XLA may run side by side.
+            scans = [
+                jax_sscan.selective_scan(
+                    u * (i + 1), delta, A, B, B, delta_softplus=True, implementation=implementation
+                )
+                for i in range(repeats)
+            ]  # fmt: skip
+            return sum(jnp.sum(scan**2) for scan in scans)
+
+        return jax.value_and_grad(loss)(u)
+
+    inputs = [(array(*shape), array(*shape)) for _ in range(count)]
+    expected = [jax.device_get(value_and_gradient(u, delta, 3)) for u, delta in inputs]
+    results: list[Any] = [None] * count
+    start = threading.Barrier(count)
+
+    def work(i: int) -> None:
+        start.wait()
+        for _ in range(5):
+            results[i] = jax.device_get(value_and_gradient(*inputs[i], 3))
+
+    threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    assert not any(thread.is_alive() for thread in threads), "a call never came back"
+    for got, wanted in zip(results, expected, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, got, wanted)
 
 
 def heavy_operations(lowered: Any) -> int:
