@@ -169,6 +169,17 @@ def test_generate_continues_each_row_as_by_hand(scan_layers: bool) -> None:
         assert row == whole[:end] + [-1] * (12 - end)
 
 
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_one_row_steps_twice_on_a_gpu(scan_layers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompt = model_of(scan_layers=scan_layers), tokens(1, 5)
+    options: dict[str, Any] = {"temperature": 2.0, "top_k": 9, "key": jax.random.key(1), "stop_tokens": [3]}
+    expected = generate(model, prompt, 9, **options)
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu" if jax.devices()[0].platform == "gpu" else "gpu")
+    compiled = _continue._cache_size()
+    np.testing.assert_array_equal(generate(model, prompt, 9, **options), expected)
+    assert _continue._cache_size() == compiled + 1
+
+
 def test_generate_compiles_once_per_shape() -> None:
     model = model_of()
     before = _continue._cache_size()
