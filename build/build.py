@@ -177,7 +177,7 @@ def lint(args, rest):
     # What the code imports must be there for pyright to see its types; the package need not be built.
     groups = ["dependencies", "test", "models", "demo", "bench", "lint"]
     env = Environment(args).need(*groups, package=False)
-    native = [path for folder in ("csrc", "tests/native") for path in (ROOT / folder).rglob("*")]
+    native = [path for folder in ("csrc", "tests/native", "benchmarks") for path in (ROOT / folder).rglob("*")]
     sources = sorted(path for path in native if path.suffix in {".cc", ".h", ".cu", ".cuh"})
     fix, check = (["--fix"], []) if args.fix else ([], ["--check"])
     commands = [
