@@ -2,6 +2,12 @@
 // pool, and whoever ends the last one completes the Future.
 #include "ffi/cpu_handlers.h"
 
+#ifdef __linux__
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
+#include <cstdint>
 #include <functional>
 #include <new>
 
@@ -22,6 +28,27 @@ ffi::Error OutOfMemory() {
   return ffi::Error(XLA_FFI_Error_Code_RESOURCE_EXHAUSTED, "jax_sscan: out of memory");
 }
 
+// Results are new memory in each call, which the system hands out page by page as they are first
+// written: in pages of 4 KB that takes longer than the scan itself. Large pages are asked for where
+// the system leaves that to programs, from the size on from which NumPy asks, too.
+void PreferLargePages(ffi::RemainingRets rets) {
+#ifdef MADV_HUGEPAGE
+  constexpr size_t kWorthwhile = size_t{4} << 20;
+  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  for (size_t i = 0; i < rets.size(); ++i) {
+    auto result = rets.get<ffi::AnyBuffer>(i);
+    if (result.has_error() || (*result)->size_bytes() < kWorthwhile) continue;
+    const uintptr_t data = reinterpret_cast<uintptr_t>((*result)->untyped_data());
+    const uintptr_t first = (data + page - 1) / page * page;
+    const uintptr_t last = (data + (*result)->size_bytes()) / page * page;
+    // A wish; nothing depends on it.
+    (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  }
+#else
+  (void)rets;
+#endif
+}
+
 // Completes the promise of a call whose last phase is done.
 std::function<void(bool)> Complete(ffi::Promise promise) {
   return [promise](bool completed) mutable {
@@ -38,6 +65,7 @@ ffi::Future ForwardImpl(ffi::ThreadPool pool, bool delta_softplus, bool reverse,
   auto parsed =
       ParseForward({delta_softplus, reverse, channel_last, chunk, groups, instances}, args, rets);
   if (parsed.has_error()) return Failed(parsed.error());
+  PreferLargePages(rets);
   Forward p = parsed.value();
   cpu::FoldRows(p, p.operands.initial_state || p.last_state);
   const cpu::Tasks tasks(p);
@@ -56,6 +84,7 @@ ffi::Future BackwardImpl(ffi::ThreadPool pool, bool delta_softplus, bool reverse
   auto parsed =
       ParseBackward({delta_softplus, reverse, channel_last, chunk, groups, instances}, args, rets);
   if (parsed.has_error()) return Failed(parsed.error());
+  PreferLargePages(rets);
   Backward p = parsed.value();
   cpu::FoldRows(p, p.operands.initial_state || p.last_state_cotangent);
   const cpu::Tasks tasks(p);
