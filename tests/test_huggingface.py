@@ -165,6 +165,36 @@ def test_what_is_saved_here_transformers_loads(pair: tuple[Any, Any], tmp_path: 
     assert loaded.config == ours.config
 
 
+def test_shards(tmp_path: Path) -> None:
+    """Several files, read back here and by transformers, and nothing is left of what was in the directory before."""
+    theirs = torch_model("falcon", "bfloat16")
+    theirs.save_pretrained(tmp_path)
+    ours, whole = load_pretrained(tmp_path), (tmp_path / "model.safetensors").stat().st_size
+    index = tmp_path / "model.safetensors.index.json"
+    for limit in ("4KB", 9000, "1 GB"):
+        save_pretrained(ours, tmp_path, max_shard_size=limit)
+        files = {path.name: safetensors.numpy.load_file(path) for path in tmp_path.glob("*.safetensors")}
+        sizes = [sum(tensor.nbytes for tensor in tensors.values()) for tensors in files.values()]
+        if limit == "1 GB":
+            assert list(files) == ["model.safetensors"] and not index.exists()
+        else:
+            bytes_ = 4000 if limit == "4KB" else 9000
+            assert len(files) >= whole // bytes_
+            assert all(size <= bytes_ or len(file) == 1 for size, file in zip(sizes, files.values(), strict=True))
+            written = json.loads(index.read_text())
+            assert written["metadata"]["total_size"] == sum(sizes)
+            assert written["weight_map"] == {name: file for file, tensors in files.items() for name in tensors}
+        again, info = type(theirs).from_pretrained(tmp_path, output_loading_info=True)
+        assert not any(info.values()), info
+        for name, parameter in theirs.state_dict().items():
+            assert torch.equal(parameter, again.state_dict()[name]), name
+        states = (flax.nnx.state(model) for model in (ours, load_pretrained(tmp_path)))
+        jax.tree.map(np.testing.assert_array_equal, *states)
+    for wrong in ("5 apples", "GB", 0, None):
+        with pytest.raises(ValueError, match="max_shard_size must"):
+            save_pretrained(ours, tmp_path, max_shard_size=wrong)  # pyright: ignore[reportArgumentType]
+
+
 def test_bfloat16_checkpoints(tmp_path: Path) -> None:
     """The file's dtype is the parameters', but for those kept wide; torch computes in bfloat16 throughout."""
     theirs = torch_model("mamba", "bfloat16")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+from pathlib import Path
 from typing import Any
 
 import flax.linen
@@ -20,7 +21,7 @@ from jax.sharding import NamedSharding
 
 import jax_sscan.linen
 import jax_sscan.nnx
-from jax_sscan.models import MambaConfig, MambaLM, Shard, generate, score
+from jax_sscan.models import MambaConfig, MambaLM, Shard, generate, load_pretrained, save_pretrained, score
 
 pytestmark = pytest.mark.usefixtures("virtual_devices")
 
@@ -129,6 +130,29 @@ def test_parameters_are_divided() -> None:
                 (model.embedding, P("y")),
             ):
                 assert param[...].sharding.is_equivalent_to(NamedSharding(mesh, spec), param.ndim)
+
+
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
+def test_loading(kind: Any, tmp_path: Path) -> None:
+    """Each device its part; what `nnx.update` brings from a model that is not divided works too, if more slowly."""
+    config = dataclasses.replace(CONFIG, inner_norm="rms", scan_layers=kind is AUTO)
+    model = MambaLM(config, rngs=flax.nnx.Rngs(0))
+    save_pretrained(model, tmp_path / "whole")
+    shard = Shard(batch="x", channels="y", vocabulary="y")
+    with jax.set_mesh(mesh_of(kind, x=2, y=2)):
+        divided = MambaLM(dataclasses.replace(config, shard=shard), rngs=flax.nnx.Rngs(1))
+        loaded = load_pretrained(tmp_path / "whole", scan_layers=config.scan_layers, shard=shard)
+        for (path, got), wanted in zip(
+            arrays(flax.nnx.state(loaded)).items(), arrays(flax.nnx.state(divided)).values(), strict=True
+        ):
+            assert got.sharding.is_equivalent_to(wanted.sharding, got.ndim), path
+        save_pretrained(loaded, tmp_path / "divided")
+        whole = load_pretrained(tmp_path / "whole", scan_layers=config.scan_layers)
+        flax.nnx.update(divided, flax.nnx.state(whole))
+        logits = divided(tokens())
+    file = "model.safetensors"
+    assert (tmp_path / "divided" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    assert_close(logits, model(tokens()), "logits", 5e-6)
 
 
 def test_communication_does_not_grow_with_the_length() -> None:

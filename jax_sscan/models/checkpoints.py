@@ -6,6 +6,7 @@ safetensors or a torch file). Written is that of transformers.
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,14 +17,18 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_sscan import checks
 from jax_sscan.models.config import MambaConfig, Remat
 from jax_sscan.models.language_model import MambaLM
 from jax_sscan.modules import mamba
+from jax_sscan.modules.sharding import Shard
 
 _INDEX = "model.safetensors.index.json"
 _TORCH_FILE = "pytorch_model.bin"
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+_UNITS = {"KB": 1000, "MB": 1000**2, "GB": 1000**3, "TB": 1000**4}
 
 # Our names of what a Hugging Face config.json says.
 _CONFIG_NAMES = {
@@ -89,6 +94,7 @@ def load_pretrained(
     scan_layers: bool = False,
     remat: Remat = None,
     implementation: str | None = None,
+    shard: Shard | None = None,
 ) -> MambaLM:
     """Reads a model from a checkpoint directory.
 
@@ -100,6 +106,7 @@ def load_pretrained(
         scan_layers: as in `MambaConfig`.
         remat: as in `MambaConfig`.
         implementation: as in `MambaConfig`.
+        shard: as in `MambaConfig`. Each device of the mesh in context gets its part of the parameters, and none all.
 
     Returns:
         The model.
@@ -123,6 +130,7 @@ def load_pretrained(
         scan_layers=scan_layers,
         remat=remat,
         implementation=implementation,
+        shard=shard,
     )
     graph, abstract = nnx.split(nnx.eval_shape(lambda: MambaLM(config, rngs=nnx.Rngs(0))))
     wanted = _flatten(abstract, config)
@@ -134,36 +142,56 @@ def load_pretrained(
                 f"config.json in {directory} ties the head to the embedding, but {_HEAD} is another tensor than "
                 f"{_EMBEDDING}; set tie_word_embeddings (tie_embeddings in the original layout) to false"
             )
-    _check_tensors(directory, tensors, _expected_shapes(layout, wanted))
+    _check_tensors(directory, tensors, {name: spec.shape for name, spec in _expected(layout, wanted).items()})
     values = {}
     for name, tensor in layout.items():
         for path, value in zip(tensor.parameters, tensor.read(tensors.pop(name)), strict=True):
-            values[path] = jnp.asarray(value, wanted[path].dtype)
+            values[path] = np.asarray(value, wanted[path].dtype)
     return nnx.merge(graph, _unflatten(abstract, values, config))
 
 
-def save_pretrained(model: MambaLM, directory: str | Path) -> None:
-    """Writes a model as a checkpoint directory that transformers loads: config.json and model.safetensors.
+def save_pretrained(model: MambaLM, directory: str | Path, *, max_shard_size: int | str = "5GB") -> None:
+    """Writes a model as a checkpoint directory that transformers loads: config.json and safetensors.
+
+    What the directory holds of an earlier model under the same names is replaced.
 
     Args:
         model: the model.
         directory: where to write; made if it is not there.
+        max_shard_size: the most bytes of tensors in one file, a number or one with a unit as in "200MB" or "5GB"; a
+            larger tensor has a file of its own. A model that fits is model.safetensors, another one
+            model-00001-of-00002.safetensors and so on, with model.safetensors.index.json.
 
     Raises:
-        ValueError: transformers has no model of this kind (one with weights in the norms of B, C and dt).
+        ValueError: transformers has no model of this kind (one with weights in the norms of B, C and dt), or
+            max_shard_size is not a size.
     """
     directory = Path(directory)
     config = model.config
     settings = _config_to_json(config)
-    values = _flatten(nnx.state(model, nnx.Param), config)
-    tensors = {}
-    for name, tensor in _layout(config).items():
-        value = tensor.write(*[values[path] for path in tensor.parameters])
-        tensors[name] = np.ascontiguousarray(np.asarray(value))
+    layout = _layout(config)
+    values = _flatten(jax.device_get(nnx.state(model, nnx.Param)), config)
+    sizes = {name: spec.size * spec.dtype.itemsize for name, spec in _expected(layout, values).items()}
+    parts = _split(sizes, _to_bytes(max_shard_size))
+    files = [f"model-{i:05d}-of-{len(parts):05d}.safetensors" for i in range(1, len(parts) + 1)]
+    if len(parts) == 1:
+        files = ["model.safetensors"]
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    # transformers asks which framework's tensors these are.
-    safetensors.numpy.save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    for file, names in zip(files, parts, strict=True):
+        tensors = {name: layout[name].write(*[values[path] for path in layout[name].parameters]) for name in names}
+        tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+        # transformers asks which framework's tensors these are.
+        safetensors.numpy.save_file(tensors, directory / file, metadata={"format": "pt"})
+    if len(parts) > 1:
+        where = {name: file for file, names in zip(files, parts, strict=True) for name in names}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
+        (directory / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        files.append(_INDEX)
+    # What is left from before would be read instead of what was written now.
+    for path in directory.iterdir():
+        if _WEIGHTS.fullmatch(path.name) and path.name not in files:
+            path.unlink()
 
 
 # ---- Names and shapes
@@ -200,7 +228,7 @@ def _layout(config: MambaConfig) -> dict[str, _Tensor]:
         if config.use_conv_bias:
             layout[layer + "conv1d.bias"] = _Tensor(mixer("conv_bias"))
         for name in ("x_proj", "dt_proj", "out_proj"):
-            layout[f"{layer}{name}.weight"] = _Tensor(mixer(name), transposed, jnp.transpose)
+            layout[f"{layer}{name}.weight"] = _Tensor(mixer(name), transposed, lambda kernel: kernel.T)
         layout[layer + "dt_proj.bias"] = _Tensor(mixer("dt_bias"))
         layout[layer + "A_log"] = _Tensor(mixer("A_log"))
         layout[layer + "D"] = _Tensor(mixer("D"))
@@ -229,21 +257,24 @@ def _flatten(state: Any, config: MambaConfig) -> dict[_Path, Any]:
     return flat
 
 
-def _unflatten(abstract: Any, values: dict[_Path, jax.Array], config: MambaConfig) -> Any:
-    """Undoes `_flatten`, into a state like ``abstract``."""
+def _unflatten(abstract: Any, values: dict[_Path, np.ndarray], config: MambaConfig) -> Any:
+    """Undoes `_flatten`, into a state like ``abstract``, each device its part."""
     flat = []
     for path, variable in nnx.to_flat_state(abstract):
         if path[0] == "layers" and config.scan_layers:
-            value = jnp.stack([values["layers", index, *path[1:]] for index in range(config.num_layers)])
+            value = np.stack([values["layers", index, *path[1:]] for index in range(config.num_layers)])
         else:
             value = values[path]
-        flat.append((path, variable.replace(value)))
+        division = variable.get_metadata().get("out_sharding")
+        place = None if division is None else NamedSharding(jax.sharding.get_mesh(), PartitionSpec(*division))
+        flat.append((path, variable.replace(jax.device_put(value, place))))
     return nnx.from_flat_state(flat)
 
 
-def _expected_shapes(layout: Mapping[str, _Tensor], wanted: Mapping[Any, Any]) -> dict[str, tuple[int, ...]]:
+def _expected(layout: Mapping[str, _Tensor], parameters: Mapping[_Path, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    """The tensors that hold these parameters."""
     return {
-        name: jax.eval_shape(tensor.write, *[wanted[path] for path in tensor.parameters]).shape
+        name: jax.eval_shape(tensor.write, *[parameters[path] for path in tensor.parameters])
         for name, tensor in layout.items()
     }
 
@@ -264,6 +295,30 @@ def _check_tensors(directory: Path, tensors: Mapping[str, np.ndarray], expected:
 
 
 # ---- Files
+
+
+def _to_bytes(size: int | str) -> int:
+    number, unit = size, 1
+    if isinstance(size, str) and (match := re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]B)", size.strip().upper())):
+        number, unit = float(match[1]), _UNITS[match[2]]
+    if not isinstance(number, (int, float)) or number * unit < 1:
+        raise ValueError(
+            f'max_shard_size must be a number of bytes, or a string such as "200MB" or "5GB", got {size!r}'
+        )
+    return int(number * unit)
+
+
+def _split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """The names in their order, in parts that each hold no more than ``limit`` bytes or a single tensor."""
+    parts: list[list[str]] = []
+    room = 0
+    for name, size in sizes.items():
+        if not parts or size > room:
+            parts.append([])
+            room = limit
+        parts[-1].append(name)
+        room -= size
+    return parts
 
 
 def _read_tensors(directory: Path) -> dict[str, np.ndarray]:

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 
 from jax_sscan import checks
 from jax_sscan.models.config import MambaConfig
+from jax_sscan.modules import mamba
 from jax_sscan.modules.mamba import MambaCache
 from jax_sscan.modules.parameters import Parameter, rms_norm
 from jax_sscan.modules.sharding import Shard, divided, for_call, is_inside, share, total
@@ -74,12 +75,7 @@ class MambaLM(nnx.Module):
 
     def __init__(self, config: MambaConfig, *, rngs: nnx.Rngs):
         self.config = config
-        initializer = jax.nn.initializers.normal(0.02)
-        tokens = Parameter((config.vocab_size, config.d_model), ("vocab", "d_model"), initializer, config.param_dtype)
-        table = {"embedding": tokens, "norm": _norm(config)}
-        if not config.tie_embeddings:
-            table["head"] = tokens
-        add_parameters(self, table, rngs, config.shard)
+        add_parameters(self, _parameters(config), rngs, config.shard)
         blocks = [Block(config, rngs=rngs) for _ in range(config.num_layers)]
         self.layers = _stack(blocks) if config.scan_layers else nnx.List(blocks)
 
@@ -133,10 +129,9 @@ class MambaLM(nnx.Module):
         shard = for_call(config.shard, input_ids.shape[1], mask)
         graph, state = nnx.split(self)
         leaves, tree = jax.tree.flatten(state)
-        variables = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, nnx.Variable))
-        leaf_specs = [PartitionSpec(*variable.get_metadata().get("out_sharding", ())) for variable in variables]
-        ids_spec = shard.spec("batch", "length")
         stack = (None,) if config.scan_layers else ()
+        leaf_specs = _specs(shard, config, state)
+        ids_spec = shard.spec("batch", "length")
         cache_spec = shard.spec(*stack, "batch", "d_inner")
 
         def run(leaves: Any, input_ids: jax.Array, cache: Any, segment_ids: Any, mask: Any) -> Any:
@@ -291,6 +286,28 @@ def _integers(name: str, value: Any, expected: str) -> jax.Array:
 
 def _norm(config: MambaConfig) -> Parameter:
     return Parameter((config.d_model,), ("d_model",), jax.nn.initializers.ones, config.param_dtype)
+
+
+def _parameters(config: MambaConfig) -> dict[str, Parameter]:
+    """The parameter table of the model itself, without its layers."""
+    initializer = jax.nn.initializers.normal(0.02)
+    tokens = Parameter((config.vocab_size, config.d_model), ("vocab", "d_model"), initializer, config.param_dtype)
+    table = {"embedding": tokens, "norm": _norm(config)}
+    return table if config.tie_embeddings else {**table, "head": tokens}
+
+
+def _specs(shard: Shard, config: MambaConfig, state: Any) -> list[PartitionSpec]:
+    """How the leaves of the model's state are divided.
+
+    By the tables of parameters, not by what the variables say of themselves: `nnx.update` replaces that as well, with
+    nothing where it comes from a model that was not divided.
+    """
+    axes = {name: parameter.axes for name, parameter in (mamba.parameters(config) | _parameters(config)).items()}
+    specs = []
+    for path, _ in jax.tree.leaves_with_path(state, is_leaf=lambda x: isinstance(x, nnx.Variable)):
+        stack = (None,) if config.scan_layers and path[0].key == "layers" else ()
+        specs.append(shard.spec(*stack, *axes[path[-1].key]))
+    return specs
 
 
 def _stack(blocks: list[Block]) -> Block:
