@@ -286,6 +286,14 @@ void LoadTile(const Array& from, const Place& at, int64_t rows, int64_t channels
     }
     for (int64_t begin = 0; begin < rows; begin += kWidth) {
       const int64_t count = std::min<int64_t>(kWidth, rows - begin);
+      if (count == kWidth && channels == kWidth) {  // of known size, it stays in registers
+        Vec<T> square[kWidth];
+        for (int c = 0; c < kWidth; ++c)
+          square[c] = Widen<T>(first + c * at.channel_stride + begin);
+        Transpose<T>(square);
+        for (int i = 0; i < kWidth; ++i) to[begin + i] = square[i];
+        continue;
+      }
       Vec<T> square[kWidth] = {};
       for (int64_t c = 0; c < channels; ++c) {
         const auto* row = first + c * at.channel_stride + begin;
@@ -313,6 +321,14 @@ void StoreTile(const Vec<T>* from, int64_t rows, int64_t channels, const Array& 
     }
     for (int64_t begin = 0; begin < rows; begin += kWidth) {
       const int64_t count = std::min<int64_t>(kWidth, rows - begin);
+      if (count == kWidth && channels == kWidth) {
+        Vec<T> square[kWidth];
+        for (int i = 0; i < kWidth; ++i) square[i] = from[begin + i];
+        Transpose<T>(square);
+        for (int c = 0; c < kWidth; ++c)
+          Narrow<T>(square[c], first + c * at.channel_stride + begin);
+        continue;
+      }
       Vec<T> square[kWidth] = {};
       for (int64_t i = 0; i < count; ++i) square[i] = from[begin + i];
       Transpose<T>(square);
