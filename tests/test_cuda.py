@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 from typing import Any
 
 import jax
@@ -145,13 +146,16 @@ def test_float64_runs_in_pure_jax(mode: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("batch, dim, length", [(1, 40, 5000), (2, 7, 1030), (1, 1, 20000)])
+@pytest.mark.parametrize(
+    "batch, dim, length, reverse",
+    [(1, 40, 5000, False), (2, 24, 3000, True), (2, 7, 1030, False), (1, 1, 20000, True)],
+)
 @pytest.mark.parametrize("segments", [False, True])
-def test_spans_agree_with_the_whole(batch: int, dim: int, length: int, segments: bool) -> None:
+def test_spans_agree_with_the_whole(batch: int, dim: int, length: int, reverse: bool, segments: bool) -> None:
     """Small batches are cut along the sequence; pure JAX in float64 knows nothing of that."""
     case = Case(
         "spans", batch=batch, dim=dim, length=length, dstate=16, layout="bld", segments=segments,
-        initial_state=True, **MAMBA,
+        reverse=reverse, initial_state=True, **MAMBA,
     )  # fmt: skip
     arrays, rest = split(make_inputs(case))
     wide = {n: np.asarray(x, np.float64) for n, x in arrays.items()}
@@ -172,6 +176,55 @@ def test_spans_agree_with_the_whole(batch: int, dim: int, length: int, segments:
         error = np.linalg.norm(np.asarray(gradient, np.float64) - np.asarray(expected[name]))
         errors[name] = error / np.linalg.norm(np.asarray(expected[name]))
     assert max(errors.values()) <= 1e-5, errors
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("state", ["forgets", "forgets in part", "grows"])
+def test_long_spans_agree_with_short_ones(state: str, reverse: bool) -> None:
+    """Of a long span, the kernel skips what the state has forgotten by its end. Takes 20 GB of GPU memory."""
+    length, dim, parts = 2**19, 512, 32
+    keys = jax.random.split(jax.random.key(0), 6)
+    A = -jnp.exp(jax.random.uniform(keys[0], (dim, 16), maxval=2.5))
+    bias = jax.random.uniform(keys[1], (dim,), minval=-3.0, maxval=-1.0)
+    if state == "forgets in part":  # no block may stop for the others
+        bias = bias.at[::48].add(-9.0)
+    if state == "grows":
+        A = A.at[-1, 3].set(1e-6)
+    u, delta = (jax.random.normal(key, (1, length, dim)) for key in keys[2:4])
+    B, C = (jax.random.normal(key, (1, length, 16)) for key in keys[4:])
+
+    def scan(u: Any, delta: Any, A: Any, B: Any, C: Any, bias: Any, state: Any) -> Any:
+        return jax_sscan.selective_scan(
+            u, delta, A, B, C, None, None, bias, True,
+            layout="bld", reverse=reverse, initial_state=state, return_last_state=True, implementation="cuda",
+        )  # fmt: skip
+
+    def whole(u: Any, delta: Any, A: Any, B: Any, C: Any, bias: Any) -> Any:
+        return scan(u, delta, A, B, C, bias, jnp.zeros((1, dim, 16)))
+
+    def in_parts(u: Any, delta: Any, A: Any, B: Any, C: Any, bias: Any) -> Any:
+        def step(state: Any, xs: Any) -> Any:
+            u, delta, B, C = xs
+            return scan(u, delta, A, B, C, bias, state)[::-1]
+
+        cut = [x.reshape(parts, 1, length // parts, -1) for x in (u, delta, B, C)]
+        state, out = jax.lax.scan(step, jnp.zeros((1, dim, 16)), cut, reverse=reverse)
+        return out.reshape(1, length, dim), state
+
+    @partial(jax.jit, static_argnums=0)
+    def with_gradients(function: Any, *args: Any) -> Any:
+        results, pullback = jax.vjp(function, *args)
+        return results, pullback(jax.tree.map(jnp.cos, results))
+
+    args = u, delta, A, B, C, bias
+    errors = jax.tree.map(
+        lambda a, b: float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)),
+        with_gradients(whole, *args),
+        with_gradients(in_parts, *args),
+    )
+    assert max(jax.tree.leaves(errors)) <= 1e-5, errors
 
 
 @pytest.mark.gpu

@@ -8,6 +8,11 @@
 // Work, registers and shared memory are those of the forward kernel, less C and y; cost per
 // (b, d, t, n): one exp2, two multiplies, one FMA. A span in which the state starts anew passes
 // nothing on: its sum is marked by a NaN.
+//
+// A state forgets: where no decay can exceed 1 (softplus, and no A above 0), the tiles of a long
+// span are taken from its end backwards, and what a tile leaves is scaled by the decay of the tiles
+// after it. Once that is 0 in float32 for every state of a block, nothing before can show in the
+// result, and the block is done. It costs an exponential a tile and state.
 #include <type_traits>
 
 #include "cuda/scan.h"
@@ -17,6 +22,8 @@ namespace jax_sscan::gpu {
 namespace {
 
 constexpr int kThreads = 128;
+// Spans of so many tiles (8192 steps) are long: trained models forget sooner, most of them.
+constexpr int kLongSpan = 512;
 
 // 16 states at a time, on as few lanes as registers allow.
 template <typename Number>
@@ -39,7 +46,7 @@ struct SpanShared : SpanShape<Number> {
   uint32_t restarts;
 };
 
-template <typename Pass, typename Number, Elements kElements, Layout kLayout>
+template <typename Pass, typename Number, Elements kElements, Layout kLayout, bool kForgets>
 __global__ void __launch_bounds__(kThreads)
     SpanKernel(const __grid_constant__ Pass p, const __grid_constant__ Plan plan,
                Number* __restrict__ carry, float* __restrict__ sum_delta) {
@@ -75,6 +82,7 @@ __global__ void __launch_bounds__(kThreads)
     rows.reversed = reversed;
     return rows;
   };
+  // h: of a tile, or, where tiles are taken in order, of all so far.
   Number rate[kStates], h[kStates];
   auto load_group = [&](int group) {
 #pragma unroll
@@ -89,6 +97,20 @@ __global__ void __launch_bounds__(kThreads)
   load_group(0);
   float sum = 0.0f;
   bool restarted = false;
+  [[maybe_unused]] Number total[kStates], weight[kStates];
+  bool forgets = kForgets;
+  if constexpr (kForgets) {
+    bool grows = false;
+#pragma unroll
+    for (int i = 0; i < kStates; ++i) {
+      const bool exists = channel < block.channels && lane * kStates + i < p.dstate;
+      weight[i] = exists ? 1.0f : 0.0f;
+      total[i] = 0.0f;
+      grows |= !(rate[i] <= 0.0f);
+    }
+    forgets = !__syncthreads_or(grows);
+  }
+  auto tile_rows = [&](int i) { return rows_of(kForgets && forgets ? tiles - 1 - i : i); };
 
   typename Sequences::Raw input, delta, z;
   typename Projections::Raw raw;
@@ -106,12 +128,12 @@ __global__ void __launch_bounds__(kThreads)
     const int line = group * kGroup * kParts;
     projections.Load(from_B, projections.At(rows, line), rows, &raw, line);
   };
-  load_tile(rows_of(0));
-  load_projection(rows_of(0), 0);
+  load_tile(tile_rows(0));
+  load_projection(tile_rows(0), 0);
   __syncthreads();
 
   for (int tile = 0; tile < tiles; ++tile) {
-    const Rows rows = rows_of(tile);
+    const Rows rows = tile_rows(tile);
 #pragma unroll
     for (int k = 0; k < Sequences::kCount; ++k) {
       if (!sequences.Mine(k)) continue;
@@ -144,6 +166,7 @@ __global__ void __launch_bounds__(kThreads)
       restarts = Restarts(p, block.row, rows);
       if (threadIdx.x == 0) shared.restarts = restarts;
     }
+    float tile_sum = 0.0f;
     for (int group = 0; group < plan.state_groups; ++group) {
       if (group) __syncthreads();
       if (varies) {
@@ -161,7 +184,7 @@ __global__ void __launch_bounds__(kThreads)
       if (group + 1 < plan.state_groups)
         load_projection(rows, group + 1);
       else if (tile + 1 < tiles)
-        load_tile(rows_of(tile + 1)), load_projection(rows_of(tile + 1), 0);
+        load_tile(tile_rows(tile + 1)), load_projection(tile_rows(tile + 1), 0);
       if (plan.state_groups > 1) {
         load_group(group);
 #pragma unroll
@@ -174,7 +197,7 @@ __global__ void __launch_bounds__(kThreads)
         const float2 step = shared.steps[i * Sequences::kRow + channel];
         Number b[kStates];
         LoadStates(at_B + i * step_B, b);
-        if (!group) sum += step.x;
+        if (!group) tile_sum += step.x;
         [[maybe_unused]] const bool restart = restarts & 1u << i;
 #pragma unroll
         for (int n = 0; n < kStates; ++n) {
@@ -191,8 +214,27 @@ __global__ void __launch_bounds__(kThreads)
         for (int i = 0; i < kStates; ++i) waiting[(group * kStates + i) * kThreads] = h[i];
       }
     }
+    sum += tile_sum;
     restarted |= restarts != 0;
+    if constexpr (kForgets) {
+      if (forgets) {
+        bool remembers = false;
+#pragma unroll
+        for (int i = 0; i < kStates; ++i) {
+          total[i] = fmaf(weight[i], h[i], total[i]);
+          weight[i] *= Decay(rate[i], tile_sum);
+          remembers |= !(weight[i] == 0.0f);
+          h[i] = 0.0f;
+        }
+        if (!__syncthreads_or(remembers)) break;
+        continue;
+      }
+    }
     __syncthreads();
+  }
+  if (kForgets && forgets) {
+#pragma unroll
+    for (int i = 0; i < kStates; ++i) h[i] = total[i];
   }
 
   if (channel >= block.channels) return;
@@ -243,10 +285,10 @@ Error Launch(const Pass& p, Plan plan, const Array& first, Number* carry, float*
   plan.blocks_per_group = static_cast<int>((p.group_dim() + kChannels - 1) / kChannels);
   plan.blocks = p.batch * p.groups * plan.blocks_per_group;
   plan.state_groups = static_cast<int>((p.dstate + kGroup - 1) / kGroup);
-  auto launch = [&](auto elements, auto layout) {
+  auto launch = [&](auto elements, auto layout, auto forgets) {
     constexpr Elements kElements = decltype(elements)::value;
     constexpr Layout kLayout = decltype(layout)::value;
-    const auto kernel = SpanKernel<Pass, Number, kElements, kLayout>;
+    const auto kernel = SpanKernel<Pass, Number, kElements, kLayout, decltype(forgets)::value>;
     int bytes = sizeof(SpanShared<Number, kElements, kLayout>);
     if (plan.state_groups > 1) bytes += plan.state_groups * kStates * kThreads * sizeof(Number);
     if (const Error error = AllowSharedBytes(kernel, bytes); error != kSuccess) return error;
@@ -254,9 +296,15 @@ Error Launch(const Pass& p, Plan plan, const Array& first, Number* carry, float*
         p, plan, carry, sum_delta);
     return LastError();
   };
+  const bool forgets = plan.span_tiles >= kLongSpan && p.delta_softplus && plan.state_groups == 1;
+  [[maybe_unused]] auto launch_regular = [&](auto elements, auto layout) {
+    return forgets ? launch(elements, layout, std::true_type{})
+                   : launch(elements, layout, std::false_type{});
+  };
   [[maybe_unused]] auto launch_layout = [&](auto elements) {
-    return p.channel_last ? launch(elements, std::integral_constant<Layout, Layout::kChannelLast>{})
-                          : launch(elements, std::integral_constant<Layout, Layout::kTimeLast>{});
+    return p.channel_last
+               ? launch_regular(elements, std::integral_constant<Layout, Layout::kChannelLast>{})
+               : launch_regular(elements, std::integral_constant<Layout, Layout::kTimeLast>{});
   };
   auto choose = [&] {
     if constexpr (std::is_same_v<Number, float>) {
@@ -272,7 +320,7 @@ Error Launch(const Pass& p, Plan plan, const Array& first, Number* carry, float*
       }
     }
     return launch(std::integral_constant<Elements, Elements::kMixed>{},
-                  std::integral_constant<Layout, Layout::kAny>{});
+                  std::integral_constant<Layout, Layout::kAny>{}, std::false_type{});
   };
   if (const Error error = choose(); error != kSuccess) return error;
   const int64_t count = p.batch * p.dstate * p.dim;
