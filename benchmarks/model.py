@@ -30,7 +30,7 @@ from profile_step import large_transposes, time_by_kind
 
 import jax_sscan
 import jax_sscan.nnx
-from jax_sscan.models import MambaConfig, MambaLM, score
+from jax_sscan.models import MambaConfig, MambaLM, generate, score
 from jax_sscan.modules.mamba import inner_size
 
 Row = dict[str, Any]
@@ -133,31 +133,20 @@ def copy_bytes_per_s() -> float:
 
 
 def measure_decoding(model: MambaLM, batch: int, steps: int, repeats: int, bandwidth: float) -> Row:
-    """Greedy decoding from the empty state, in one program."""
-    graph, state = nnx.split(model)
-
-    @jax.jit
-    def decode(state: Any, cache: Any, tokens: jax.Array, steps: jax.Array) -> Any:
-        model: MambaLM = nnx.merge(graph, state)
-
-        def step(_: Any, carry: Any) -> Any:
-            tokens, cache = carry
-            logits, cache = model(tokens[:, None], cache, return_cache=True)
-            return jnp.argmax(logits[:, 0], axis=-1).astype(jnp.int32), cache
-
-        return jax.lax.fori_loop(0, steps, step, (tokens, cache))
-
-    cache, tokens = model.init_cache(batch), jnp.arange(batch, dtype=jnp.int32)
+    """A step of `generate`, greedy, after prompts of one token."""
+    prompts = jnp.arange(batch, dtype=jnp.int32)[:, None]
 
     def seconds(steps: int) -> float:
         begin = time.perf_counter()
-        jax.block_until_ready(decode(state, cache, tokens, jnp.int32(steps)))
+        jax.block_until_ready(generate(model, prompts, steps))
         return time.perf_counter() - begin
 
-    seconds(2)
-    # What it costs to start the program cancels.
+    for count in (2 * steps, steps):  # compiles
+        seconds(count)
+    # What it costs to start the program and to read the prompt cancels.
     step_s = min((seconds(2 * steps) - seconds(steps)) / steps for _ in range(repeats))
-    parameter_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    cache = model.init_cache(batch)
+    parameter_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
     if not model.config.tie_embeddings:
         parameter_bytes -= model.embedding[...].nbytes  # only a few of its rows are read
     moved = parameter_bytes + 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
