@@ -11,7 +11,7 @@
 //
 // A state forgets: where no decay can exceed 1 (softplus, and no A above 0), the tiles of a long
 // span are taken from its end backwards, and what a tile leaves is scaled by the decay of the tiles
-// after it. Once that is 0 in float32 for every state of a block, nothing before can show in the
+// after it. Once that is below 2^-126 for every state of a block, nothing before can show in the
 // result, and the block is done. It costs an exponential a tile and state.
 #include <type_traits>
 
@@ -24,6 +24,8 @@ namespace {
 constexpr int kThreads = 128;
 // Spans of so many tiles (8192 steps) are long: trained models forget sooner, most of them.
 constexpr int kLongSpan = 512;
+// Products of smaller numbers may never reach 0: more than half of the smallest rounds back up.
+constexpr float kSmallestNormal = 1.17549435e-38f;
 
 // 16 states at a time, on as few lanes as registers allow.
 template <typename Number>
@@ -223,7 +225,7 @@ __global__ void __launch_bounds__(kThreads)
         for (int i = 0; i < kStates; ++i) {
           total[i] = fmaf(weight[i], h[i], total[i]);
           weight[i] *= Decay(rate[i], tile_sum);
-          remembers |= !(weight[i] == 0.0f);
+          remembers |= !(weight[i] < kSmallestNormal);
           h[i] = 0.0f;
         }
         if (!__syncthreads_or(remembers)) break;
