@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from jax_sscan.models import generate, load_pretrained, save_pretrained, score
+from jax_sscan.models import MambaConfig, MambaLM, generate, load_pretrained, save_pretrained, score
 
 # Part of the "test" extra, so that `build.py test` always runs these; skipped only in environments made by hand.
 torch: Any = pytest.importorskip("torch")
@@ -89,16 +89,29 @@ def test_logits(pair: tuple[Any, Any]) -> None:
     np.testing.assert_allclose(score(ours, input_ids), chosen, rtol=0, atol=1e-4)
 
 
-def test_gradients_of_every_parameter(pair: tuple[Any, Any], tmp_path: Path) -> None:
+# transformers lets biases of the projection in into the convolution at padding: see test_ragged_prompts.
+@pytest.mark.parametrize(
+    ("pair", "ragged"),
+    [*((kind, False) for kind in KINDS), ("mamba", True), ("falcon", True)],
+    indirect=["pair"],
+)
+def test_gradients_of_every_parameter(pair: tuple[Any, Any], tmp_path: Path, ragged: bool) -> None:
+    """Of the mean loss of a token; ragged: one row padded on the left and one on the right."""
     theirs, ours = pair
     input_ids = tokens(2, 19, 1)
-    labels = torch.from_numpy(input_ids)
+    real = np.array([[5], [0]]) <= np.arange(19)
+    real &= np.arange(19) < np.array([[19], [12]])
+    mask = real.astype(np.int64) if ragged else np.ones_like(input_ids)
+    # What is predicted: transformers would also have the first token of a row, from the padding in front of it.
+    predicted = np.pad(mask[:, 1:] * mask[:, :-1], ((0, 0), (1, 0))).astype(bool)
+    labels = torch.from_numpy(np.where(predicted, input_ids, -100))
     theirs.zero_grad()
-    loss = theirs(labels, labels=labels).loss
+    loss = theirs(torch.from_numpy(input_ids), attention_mask=torch.from_numpy(mask), labels=labels).loss
     loss.backward()
 
     def ours_loss(model: Any) -> jax.Array:
-        return -jnp.mean(score(model, input_ids))
+        attention_mask = jnp.asarray(mask) if ragged else None
+        return -jnp.sum(score(model, input_ids, attention_mask=attention_mask)) / predicted.sum()
 
     value, gradients = flax.nnx.jit(flax.nnx.value_and_grad(ours_loss))(ours)
     np.testing.assert_allclose(float(value), loss.item(), rtol=1e-5)
@@ -278,3 +291,10 @@ def test_unknown_checkpoints_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(original))
     with pytest.raises(FileNotFoundError, match="no weights"):
         load_pretrained(tmp_path)
+
+
+def test_what_transformers_lacks_is_not_written(tmp_path: Path) -> None:
+    config = MambaConfig(8, vocab_size=9, num_layers=1, inner_norm="scaled_rms")
+    with pytest.raises(ValueError, match=r"scaled_rms.*Orbax"):
+        save_pretrained(MambaLM(config, rngs=flax.nnx.Rngs(0)), tmp_path / "model")
+    assert not (tmp_path / "model").exists()
