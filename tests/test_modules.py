@@ -97,6 +97,11 @@ def test_bidirectional_block_against_two_loops() -> None:
         there, back = block_oracle.Row(params), block_oracle.Row(params, prefix="reverse_")
         y = np.stack([there.scan(s) for s in steps]) + np.stack([back.scan(s) for s in steps[::-1]])[::-1]
         close(out[b, real], y @ there.p["out_proj"])
+    # The same mask, and a second sequence from position 6 on.
+    packed = run(params, x, mask=mask, segment_ids=(jnp.arange(LENGTH) >= 6).astype(jnp.int32)[None].repeat(BATCH, 0))
+    for begin, end in ((0, 6), (6, LENGTH)):
+        alone = run(params, x[:, begin:end], mask=mask[:, begin:end])
+        close(jnp.where(mask[:, begin:end, None], packed[:, begin:end] - alone, 0), jnp.zeros_like(alone))
     with pytest.raises(ValueError, match="bidirectional"):
         run(params, x, return_cache=True)
 
