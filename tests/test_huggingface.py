@@ -228,16 +228,28 @@ def test_bfloat16_checkpoints(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
-def test_original_layout(tmp_path: Path, file: str) -> None:
+@pytest.mark.parametrize(
+    ("file", "kind", "ssm", "settings"),
+    [
+        ("model.safetensors", "mamba", {}, {}),
+        ("pytorch_model.bin", "mamba", {"layer": "Mamba1"}, {}),
+        (
+            "pytorch_model.bin",
+            "mamba-biases",
+            {"bias": True, "conv_bias": False, "expand": 3},
+            {"tie_embeddings": False},
+        ),
+    ],
+)
+def test_original_layout(tmp_path: Path, file: str, kind: str, ssm: dict[str, Any], settings: dict[str, Any]) -> None:
     """Names, config and padded vocabulary of state-spaces/mamba."""
-    theirs = torch_model("mamba")
+    theirs = torch_model(kind)
     tensors = {name: value.clone() for name, value in theirs.state_dict().items()}
     tensors["backbone.embedding.weight"] = tensors.pop("backbone.embeddings.weight")
     assert "lm_head.weight" in tensors
     config = {
-        "d_model": 24, "n_layer": 2, "vocab_size": VOCABULARY - 2, "ssm_cfg": {"d_state": 5}, "rms_norm": True,
-        "residual_in_fp32": True, "fused_add_norm": True, "pad_vocab_size_multiple": VOCABULARY,
+        "d_model": 24, "n_layer": 2, "vocab_size": VOCABULARY - 2, "ssm_cfg": {"d_state": 5, **ssm}, "rms_norm": True,
+        "residual_in_fp32": True, "fused_add_norm": True, "pad_vocab_size_multiple": VOCABULARY, **settings,
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
     if file.endswith(".bin"):
