@@ -8,6 +8,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,13 @@ def load(script: str) -> Any:
 
 def small_model(seed: int = 0) -> MambaLM:
     return MambaLM(MambaConfig(12, vocab_size=256, num_layers=2, d_state=3), rngs=flax.nnx.Rngs(seed))
+
+
+@pytest.fixture(autouse=True)
+def exact_products() -> Iterator[None]:
+    """GPUs round the factors of float32 products otherwise."""
+    with jax.default_matmul_precision("highest"):
+        yield
 
 
 def test_demo(tmp_path: Path) -> None:

@@ -97,13 +97,21 @@ def test_bidirectional_block_against_two_loops() -> None:
         there, back = block_oracle.Row(params), block_oracle.Row(params, prefix="reverse_")
         y = np.stack([there.scan(s) for s in steps]) + np.stack([back.scan(s) for s in steps[::-1]])[::-1]
         close(out[b, real], y @ there.p["out_proj"])
-    # The same mask, and a second sequence from position 6 on.
-    packed = run(params, x, mask=mask, segment_ids=(jnp.arange(LENGTH) >= 6).astype(jnp.int32)[None].repeat(BATCH, 0))
-    for begin, end in ((0, 6), (6, LENGTH)):
-        alone = run(params, x[:, begin:end], mask=mask[:, begin:end])
-        close(jnp.where(mask[:, begin:end, None], packed[:, begin:end] - alone, 0), jnp.zeros_like(alone))
     with pytest.raises(ValueError, match="bidirectional"):
         run(params, x, return_cache=True)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_bidirectional_block_of_packed_sequences(padded: bool) -> None:
+    run, params = block(bidirectional=True)
+    x = inputs()
+    ids = (jnp.arange(LENGTH) >= 6).astype(jnp.int32)[None].repeat(BATCH, 0)
+    mask = jnp.ones((BATCH, LENGTH), bool).at[0, 9:].set(False).at[1, :2].set(False)
+    masks = (lambda part: {"mask": mask[:, part]}) if padded else lambda _: {}
+    out = run(params, x, segment_ids=ids, **masks(slice(None)))
+    for part in (slice(0, 6), slice(6, LENGTH)):
+        real = mask[:, part] | (not padded)
+        close(out[:, part][real], run(params, x[:, part], **masks(part))[real])
 
 
 @pytest.mark.parametrize(
