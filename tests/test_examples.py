@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from jax_sscan.models import MambaConfig, MambaLM, generate
+from jax_sscan.models import MambaConfig, MambaLM, generate, save_pretrained
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -41,8 +41,8 @@ def load(script: str) -> Any:
     return example
 
 
-def small_model(seed: int = 0) -> MambaLM:
-    return MambaLM(MambaConfig(12, vocab_size=256, num_layers=2, d_state=3), rngs=flax.nnx.Rngs(seed))
+def small_model(vocab_size: int = 256) -> MambaLM:
+    return MambaLM(MambaConfig(12, vocab_size=vocab_size, num_layers=2, d_state=3), rngs=flax.nnx.Rngs(0))
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +82,7 @@ def test_training_stops_goes_on_and_generates(tmp_path: Path) -> None:
     assert printed.startswith("the ") and len(printed) > len("the \n")
 
 
-def test_text_is_streamed_in_whole_characters(tmp_path: Path) -> None:
+def test_text_is_streamed_in_whole_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By bytes and by a byte-level tokenizer, both of which cut characters into several tokens."""
     example = load("generate")
     text = "déjà vu: Δ, σ and 漢字"
@@ -101,6 +101,14 @@ def test_text_is_streamed_in_whole_characters(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(text)
     read, size = load("train_lm").read_tokens([tmp_path / "a.txt"], tmp_path / "tokenizer.json")
     assert (read.tolist(), size) == (ids, tokenizer.get_vocab_size())
+    # The whole program, and without the package.
+    save_pretrained(small_model(vocab_size=size), tmp_path)
+    printed = run("generate.py", tmp_path, "--prompt", "and then", "--max-new-tokens", "20")
+    assert printed.startswith("and then") and len(printed) > len("and then\n")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "tokenizers", None)
+        with pytest.raises(SystemExit, match="pip install tokenizers"):
+            example.text_codec(tmp_path, size)
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(SystemExit, match="does not read bytes"):
         example.text_codec(tmp_path, 300)

@@ -139,6 +139,9 @@ def test_packed_sequences() -> None:
     packed = run(model, input_ids, segment_ids=ids)
     apart = jnp.concatenate([run(model, input_ids[:, :6]), run(model, input_ids[:, 6:])], 1)
     np.testing.assert_allclose(packed, apart, rtol=1e-4, atol=1e-5)
+    hidden, cache = model.hidden_states(input_ids, segment_ids=ids)
+    assert cache is None
+    np.testing.assert_allclose(model.logits(hidden), packed, rtol=1e-4, atol=1e-5)
 
 
 def test_bfloat16_computation() -> None:
