@@ -21,10 +21,15 @@ torch: Any = pytest.importorskip("torch")
 transformers: Any = pytest.importorskip("transformers")
 
 VOCABULARY = 53
+# Whatever a config.json says that tensors do not show, none of it the default.
+SETTINGS: dict[str, Any] = {
+    "layer_norm_epsilon": 1e-3, "residual_in_fp32": False, "time_step_min": 0.002, "time_step_max": 0.2,
+    "time_step_floor": 0.003, "time_step_scale": 2.0, "bos_token_id": 3, "pad_token_id": 4,
+}  # fmt: skip
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba": ("Mamba", {}),
     "mamba-biases": ("Mamba", {"use_bias": True, "use_conv_bias": False, "tie_word_embeddings": False, "expand": 3}),
-    "falcon": ("FalconMamba", {"tie_word_embeddings": False, "mixer_rms_eps": 1e-3}),
+    "falcon": ("FalconMamba", {"tie_word_embeddings": False, "mixer_rms_eps": 1e-3, **SETTINGS}),
     "falcon-inner": ("FalconMamba", {"intermediate_size": 40, "time_step_rank": 5, "conv_kernel": 3, "use_bias": True}),
 }
 
@@ -161,6 +166,31 @@ def test_ragged_prompts(pair: tuple[Any, Any]) -> None:
             max_new_tokens=16, do_sample=False, pad_token_id=0,
         )  # fmt: skip
         np.testing.assert_array_equal(continued, expected.numpy())
+
+
+@pytest.mark.parametrize(("family", "inner_norm"), [("Mamba", None), ("FalconMamba", "rms")])
+def test_what_is_made_here_transformers_loads(family: str, inner_norm: Any, tmp_path: Path) -> None:
+    """With the defaults of `MambaConfig`, which are not those of transformers."""
+    config = MambaConfig(24, vocab_size=VOCABULARY, num_layers=3, inner_norm=inner_norm)
+    model = MambaLM(config, rngs=flax.nnx.Rngs(0))
+    model.embedding[...] = 8 * model.embedding[...]
+    save_pretrained(model, tmp_path)
+    theirs, info = getattr(transformers, family + "ForCausalLM").from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    input_ids = tokens(2, 11)
+    np.testing.assert_allclose(read(model, input_ids), torch_logits(theirs.eval(), input_ids), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("pair", ["falcon"], indirect=True)
+def test_settings(pair: tuple[Any, Any], tmp_path: Path) -> None:
+    _, ours = pair
+    config = ours.config
+    assert (config.norm_eps, config.residual_f32) == (1e-3, False)
+    assert (config.dt_min, config.dt_max, config.dt_init_floor, config.dt_scale) == (0.002, 0.2, 0.003, 2.0)
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (3, None, 4)
+    save_pretrained(ours, tmp_path)
+    written = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert {name: getattr(written, name) for name in SETTINGS} == SETTINGS
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])

@@ -153,7 +153,8 @@ def load_pretrained(
 def save_pretrained(model: MambaLM, directory: str | Path, *, max_shard_size: int | str = "5GB") -> None:
     """Writes a model as a checkpoint directory that transformers loads: config.json and safetensors.
 
-    What the directory holds of an earlier model under the same names is replaced.
+    What the directory holds of an earlier model under the same names is replaced. Whether initial parameters were
+    rescaled (rescale_residual) is not written down: transformers would rescale these.
 
     Args:
         model: the model.
@@ -415,5 +416,7 @@ def _config_to_json(config: MambaConfig) -> dict[str, Any]:
         "expand": int(config.expand) if float(config.expand).is_integer() else config.expand,
         "intermediate_size": mamba.inner_size(config),
         "time_step_rank": mamba.rank(config),
+        # Of initial values only, but transformers (5.23) also rescales what it loads.
+        "rescale_prenorm_residual": False,
         "dtype": config.param_dtype.name,
     }
