@@ -168,17 +168,23 @@ def test_ragged_prompts(pair: tuple[Any, Any]) -> None:
         np.testing.assert_array_equal(continued, expected.numpy())
 
 
+@pytest.mark.parametrize("options", [{}, {"expand": 1.5, "dt_scale": 1, "norm_eps": 1, "eos_token_id": (2, 3)}])
 @pytest.mark.parametrize(("family", "inner_norm"), [("Mamba", None), ("FalconMamba", "rms")])
-def test_what_is_made_here_transformers_loads(family: str, inner_norm: Any, tmp_path: Path) -> None:
-    """With the defaults of `MambaConfig`, which are not those of transformers."""
-    config = MambaConfig(24, vocab_size=VOCABULARY, num_layers=3, inner_norm=inner_norm)
+def test_what_is_made_here_transformers_loads(
+    family: str, inner_norm: Any, options: dict[str, Any], tmp_path: Path
+) -> None:
+    """With the defaults of `MambaConfig`, which are not those of transformers, and numbers that it is strict on."""
+    config = MambaConfig(24, vocab_size=VOCABULARY, num_layers=3, inner_norm=inner_norm, **options)
     model = MambaLM(config, rngs=flax.nnx.Rngs(0))
     model.embedding[...] = 8 * model.embedding[...]
     save_pretrained(model, tmp_path)
     theirs, info = getattr(transformers, family + "ForCausalLM").from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values()), info
     input_ids = tokens(2, 11)
-    np.testing.assert_allclose(read(model, input_ids), torch_logits(theirs.eval(), input_ids), rtol=0, atol=1e-4)
+    expected = torch_logits(theirs.eval(), input_ids)
+    for ours in (model, load_pretrained(tmp_path)):
+        np.testing.assert_allclose(read(ours, input_ids), expected, rtol=0, atol=1e-4)
+    assert ours.config.eos_token_id == config.eos_token_id
 
 
 @pytest.mark.parametrize("pair", ["falcon"], indirect=True)
