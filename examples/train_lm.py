@@ -201,7 +201,10 @@ def main() -> None:
     )
     model = MambaLM(config, rngs=nnx.Rngs(args.seed))
     size = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
-    console.print(f"{len(tokens):,} tokens of {vocab_size}; {size:,} parameters; on {jax.devices()[0].device_kind}")
+    console.print(
+        f"{len(tokens):,} tokens of {vocab_size}; {size:,} parameters; "
+        f"{config.compute_dtype} on {jax.devices()[0].device_kind}"
+    )
     losses, held_out = train(model, tokens, args, console)
 
     save_pretrained(model, args.out / "model")

@@ -14,17 +14,22 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from jax_sscan.models import generate, load_pretrained, save_pretrained, score
+from jax_sscan.models import MambaConfig, MambaLM, generate, load_pretrained, save_pretrained, score
 
 # Part of the "test" extra, so that `build.py test` always runs these; skipped only in environments made by hand.
 torch: Any = pytest.importorskip("torch")
 transformers: Any = pytest.importorskip("transformers")
 
 VOCABULARY = 53
+# Whatever a config.json says that tensors do not show, none of it the default.
+SETTINGS: dict[str, Any] = {
+    "layer_norm_epsilon": 1e-3, "residual_in_fp32": False, "time_step_min": 0.002, "time_step_max": 0.2,
+    "time_step_floor": 0.003, "time_step_scale": 2.0, "bos_token_id": 3, "pad_token_id": 4,
+}  # fmt: skip
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba": ("Mamba", {}),
     "mamba-biases": ("Mamba", {"use_bias": True, "use_conv_bias": False, "tie_word_embeddings": False, "expand": 3}),
-    "falcon": ("FalconMamba", {"tie_word_embeddings": False, "mixer_rms_eps": 1e-3}),
+    "falcon": ("FalconMamba", {"tie_word_embeddings": False, "mixer_rms_eps": 1e-3, **SETTINGS}),
     "falcon-inner": ("FalconMamba", {"intermediate_size": 40, "time_step_rank": 5, "conv_kernel": 3, "use_bias": True}),
 }
 
@@ -89,16 +94,29 @@ def test_logits(pair: tuple[Any, Any]) -> None:
     np.testing.assert_allclose(score(ours, input_ids), chosen, rtol=0, atol=1e-4)
 
 
-def test_gradients_of_every_parameter(pair: tuple[Any, Any], tmp_path: Path) -> None:
+# transformers lets biases of the projection in into the convolution at padding: see test_ragged_prompts.
+@pytest.mark.parametrize(
+    ("pair", "ragged"),
+    [*((kind, False) for kind in KINDS), ("mamba", True), ("falcon", True)],
+    indirect=["pair"],
+)
+def test_gradients_of_every_parameter(pair: tuple[Any, Any], tmp_path: Path, ragged: bool) -> None:
+    """Of the mean loss of a token; ragged: one row padded on the left and one on the right."""
     theirs, ours = pair
     input_ids = tokens(2, 19, 1)
-    labels = torch.from_numpy(input_ids)
+    real = np.array([[5], [0]]) <= np.arange(19)
+    real &= np.arange(19) < np.array([[19], [12]])
+    mask = real.astype(np.int64) if ragged else np.ones_like(input_ids)
+    # What is predicted: transformers would also have the first token of a row, from the padding in front of it.
+    predicted = np.pad(mask[:, 1:] * mask[:, :-1], ((0, 0), (1, 0))).astype(bool)
+    labels = torch.from_numpy(np.where(predicted, input_ids, -100))
     theirs.zero_grad()
-    loss = theirs(labels, labels=labels).loss
+    loss = theirs(torch.from_numpy(input_ids), attention_mask=torch.from_numpy(mask), labels=labels).loss
     loss.backward()
 
     def ours_loss(model: Any) -> jax.Array:
-        return -jnp.mean(score(model, input_ids))
+        attention_mask = jnp.asarray(mask) if ragged else None
+        return -jnp.sum(score(model, input_ids, attention_mask=attention_mask)) / predicted.sum()
 
     value, gradients = flax.nnx.jit(flax.nnx.value_and_grad(ours_loss))(ours)
     np.testing.assert_allclose(float(value), loss.item(), rtol=1e-5)
@@ -148,6 +166,37 @@ def test_ragged_prompts(pair: tuple[Any, Any]) -> None:
             max_new_tokens=16, do_sample=False, pad_token_id=0,
         )  # fmt: skip
         np.testing.assert_array_equal(continued, expected.numpy())
+
+
+@pytest.mark.parametrize("options", [{}, {"expand": 1.5, "dt_scale": 1, "norm_eps": 1, "eos_token_id": (2, 3)}])
+@pytest.mark.parametrize(("family", "inner_norm"), [("Mamba", None), ("FalconMamba", "rms")])
+def test_what_is_made_here_transformers_loads(
+    family: str, inner_norm: Any, options: dict[str, Any], tmp_path: Path
+) -> None:
+    """With the defaults of `MambaConfig`, which are not those of transformers, and numbers that it is strict on."""
+    config = MambaConfig(24, vocab_size=VOCABULARY, num_layers=3, inner_norm=inner_norm, **options)
+    model = MambaLM(config, rngs=flax.nnx.Rngs(0))
+    model.embedding[...] = 8 * model.embedding[...]
+    save_pretrained(model, tmp_path)
+    theirs, info = getattr(transformers, family + "ForCausalLM").from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    input_ids = tokens(2, 11)
+    expected = torch_logits(theirs.eval(), input_ids)
+    for ours in (model, load_pretrained(tmp_path)):
+        np.testing.assert_allclose(read(ours, input_ids), expected, rtol=0, atol=1e-4)
+    assert ours.config.eos_token_id == config.eos_token_id
+
+
+@pytest.mark.parametrize("pair", ["falcon"], indirect=True)
+def test_settings(pair: tuple[Any, Any], tmp_path: Path) -> None:
+    _, ours = pair
+    config = ours.config
+    assert (config.norm_eps, config.residual_f32) == (1e-3, False)
+    assert (config.dt_min, config.dt_max, config.dt_init_floor, config.dt_scale) == (0.002, 0.2, 0.003, 2.0)
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (3, None, 4)
+    save_pretrained(ours, tmp_path)
+    written = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert {name: getattr(written, name) for name in SETTINGS} == SETTINGS
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])
@@ -215,16 +264,28 @@ def test_bfloat16_checkpoints(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
-def test_original_layout(tmp_path: Path, file: str) -> None:
+@pytest.mark.parametrize(
+    ("file", "kind", "ssm", "settings"),
+    [
+        ("model.safetensors", "mamba", {}, {}),
+        ("pytorch_model.bin", "mamba", {"layer": "Mamba1"}, {}),
+        (
+            "pytorch_model.bin",
+            "mamba-biases",
+            {"bias": True, "conv_bias": False, "expand": 3},
+            {"tie_embeddings": False},
+        ),
+    ],
+)
+def test_original_layout(tmp_path: Path, file: str, kind: str, ssm: dict[str, Any], settings: dict[str, Any]) -> None:
     """Names, config and padded vocabulary of state-spaces/mamba."""
-    theirs = torch_model("mamba")
+    theirs = torch_model(kind)
     tensors = {name: value.clone() for name, value in theirs.state_dict().items()}
     tensors["backbone.embedding.weight"] = tensors.pop("backbone.embeddings.weight")
     assert "lm_head.weight" in tensors
     config = {
-        "d_model": 24, "n_layer": 2, "vocab_size": VOCABULARY - 2, "ssm_cfg": {"d_state": 5}, "rms_norm": True,
-        "residual_in_fp32": True, "fused_add_norm": True, "pad_vocab_size_multiple": VOCABULARY,
+        "d_model": 24, "n_layer": 2, "vocab_size": VOCABULARY - 2, "ssm_cfg": {"d_state": 5, **ssm}, "rms_norm": True,
+        "residual_in_fp32": True, "fused_add_norm": True, "pad_vocab_size_multiple": VOCABULARY, **settings,
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
     if file.endswith(".bin"):
@@ -278,3 +339,10 @@ def test_unknown_checkpoints_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(original))
     with pytest.raises(FileNotFoundError, match="no weights"):
         load_pretrained(tmp_path)
+
+
+def test_what_transformers_lacks_is_not_written(tmp_path: Path) -> None:
+    config = MambaConfig(8, vocab_size=9, num_layers=1, inner_norm="scaled_rms")
+    with pytest.raises(ValueError, match=r"scaled_rms.*Orbax"):
+        save_pretrained(MambaLM(config, rngs=flax.nnx.Rngs(0)), tmp_path / "model")
+    assert not (tmp_path / "model").exists()

@@ -73,6 +73,30 @@ def test_scanned_and_rematerialised_layers_are_the_same_model(remat: Any) -> Non
     )
 
 
+def test_scanned_layers_are_one_layer_to_compile() -> None:
+    """The program is as large with ten layers as with two."""
+
+    def program(**changes: Any) -> str:
+        graph, state = flax.nnx.split(model_of(**changes))
+        return jax.jit(lambda state, ids: flax.nnx.merge(graph, state)(ids)).lower(state, tokens(1, 5)).as_text()
+
+    two, ten = (len(program(num_layers=layers, scan_layers=True).splitlines()) for layers in (2, 10))
+    assert two == ten < len(program(num_layers=10).splitlines()) / 2
+
+
+def test_initial_parameters() -> None:
+    for rescale_residual, gain in ((True, 0.5), (False, 1.0)):
+        config = MambaConfig(64, vocab_size=256, num_layers=4, rescale_residual=rescale_residual, tie_embeddings=False)
+        model = MambaLM(config, rngs=flax.nnx.Rngs(0))
+        for block in model.layers:
+            largest = float(jnp.abs(block.mixer.out_proj[...]).max())
+            assert 0.95 * gain * 128**-0.5 < largest <= gain * 128**-0.5 * (1 + 1e-6)
+            assert (block.norm[...] == 1).all()
+        for table in (model.embedding, model.head):
+            assert 0.019 < table[...].std() < 0.021
+        assert (model.norm[...] == 1).all()
+
+
 def test_remat_keeps_what_it_says() -> None:
     """How often a forward scan is in the program: keep_scans saves its second run."""
     counts = {}
@@ -115,6 +139,9 @@ def test_packed_sequences() -> None:
     packed = run(model, input_ids, segment_ids=ids)
     apart = jnp.concatenate([run(model, input_ids[:, :6]), run(model, input_ids[:, 6:])], 1)
     np.testing.assert_allclose(packed, apart, rtol=1e-4, atol=1e-5)
+    hidden, cache = model.hidden_states(input_ids, segment_ids=ids)
+    assert cache is None
+    np.testing.assert_allclose(model.logits(hidden), packed, rtol=1e-4, atol=1e-5)
 
 
 def test_bfloat16_computation() -> None:
@@ -200,6 +227,30 @@ def test_generate_draws_what_sample_draws() -> None:
     assert (got != draw(1)).any()
     likeliest = jnp.argsort(run(model, prompts[:1])[0, -1])[-3:]
     assert set(got[:, 4].tolist()) == set(likeliest.tolist())
+    free = generate(model, prompts, 2, temperature=30.0, key=jax.random.key(0))
+    assert len(set(free[:, 4].tolist())) > 3 and len(set(free[:, 5].tolist())) > 3
+    cold = generate(model, prompts, 2, temperature=1e-3, key=jax.random.key(0))
+    assert (cold[:, 4] == likeliest[-1]).all()
+    np.testing.assert_array_equal(
+        cold, generate(model, prompts, 2, temperature=30.0, top_p=1e-6, key=jax.random.key(0))
+    )
+
+
+def test_prompts_are_read_by_the_scan_and_steps_take_constant_memory() -> None:
+    """One scan per layer, for the prompt; a thousand tokens more take the memory of the tokens themselves."""
+    model = model_of()
+    graph, state = flax.nnx.split(model)
+
+    def program(count: int) -> Any:
+        scalar, key = jnp.int32(0), jax.random.key(0)
+        arguments = state, tokens(2, 50), None, {}, jnp.zeros(0, jnp.int32), scalar, key
+        return _continue.lower(*arguments, graph=graph, max_new_tokens=count, top_k=None).compile()
+
+    few, many = program(10), program(1010)
+    growth = many.memory_analysis().temp_size_in_bytes - few.memory_analysis().temp_size_in_bytes
+    assert growth <= 2 * (1000 * 2 * 4)
+    if native_calls := str(many.as_text()).count('custom_call_target="jax_sscan_forward'):
+        assert native_calls == model.config.num_layers
 
 
 def test_sample_draws_from_the_distribution() -> None:

@@ -5,6 +5,7 @@ the types "mamba" and "falcon_mamba", and the original layout of state-spaces/ma
 safetensors or a torch file). Written is that of transformers.
 """
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -153,7 +154,8 @@ def load_pretrained(
 def save_pretrained(model: MambaLM, directory: str | Path, *, max_shard_size: int | str = "5GB") -> None:
     """Writes a model as a checkpoint directory that transformers loads: config.json and safetensors.
 
-    What the directory holds of an earlier model under the same names is replaced.
+    What the directory holds of an earlier model under the same names is replaced. Whether initial parameters were
+    rescaled (rescale_residual) is not written down: transformers would rescale these.
 
     Args:
         model: the model.
@@ -405,15 +407,20 @@ def _config_to_json(config: MambaConfig) -> dict[str, Any]:
             'inner_norm="scaled_rms" has no model type in transformers; save such a model with Orbax (docs/models.md)'
         )
     is_falcon = config.inner_norm == "rms"
+    # transformers refuses an int where it wants a float, and the other way around.
+    floats = {field.name for field in dataclasses.fields(config) if field.type is float}
     settings = {theirs: getattr(config, ours) for theirs, ours in _CONFIG_NAMES.items()}
+    settings |= {theirs: float(settings[theirs]) for theirs, ours in _CONFIG_NAMES.items() if ours in floats}
     if not is_falcon:
         del settings["mixer_rms_eps"]
     return settings | {
         "architectures": ["FalconMambaForCausalLM" if is_falcon else "MambaForCausalLM"],
         "model_type": "falcon_mamba" if is_falcon else "mamba",
         "hidden_act": "silu",
-        "expand": int(config.expand) if float(config.expand).is_integer() else config.expand,
+        "expand": max(1, int(config.expand)),  # whole; what counts is the next one
         "intermediate_size": mamba.inner_size(config),
         "time_step_rank": mamba.rank(config),
+        # Of initial values only, but transformers (5.23) also rescales what it loads.
+        "rescale_prenorm_residual": False,
         "dtype": config.param_dtype.name,
     }
