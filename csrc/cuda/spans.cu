@@ -13,6 +13,7 @@
 // span are taken from its end backwards, and what a tile leaves is scaled by the decay of the tiles
 // after it. Once that is below 2^-126 for every state of a block, nothing before can show in the
 // result, and the block is done. It costs an exponential a tile and state.
+#include <cfloat>
 #include <type_traits>
 
 #include "cuda/scan.h"
@@ -22,10 +23,8 @@ namespace jax_sscan::gpu {
 namespace {
 
 constexpr int kThreads = 128;
-// Spans of so many tiles (8192 steps) are long: trained models forget sooner, most of them.
+// Spans of so many tiles (8192 steps) are long. Shorter ones would mostly ask in vain.
 constexpr int kLongSpan = 512;
-// Products of smaller numbers may never reach 0: more than half of the smallest rounds back up.
-constexpr float kSmallestNormal = 1.17549435e-38f;
 
 // 16 states at a time, on as few lanes as registers allow.
 template <typename Number>
@@ -84,7 +83,7 @@ __global__ void __launch_bounds__(kThreads)
     rows.reversed = reversed;
     return rows;
   };
-  // h: of a tile, or, where tiles are taken in order, of all so far.
+  // h: the state at the end of all tiles so far, or, from the end backwards, of the last one alone.
   Number rate[kStates], h[kStates];
   auto load_group = [&](int group) {
 #pragma unroll
@@ -112,7 +111,7 @@ __global__ void __launch_bounds__(kThreads)
     }
     forgets = !__syncthreads_or(grows);
   }
-  auto tile_rows = [&](int i) { return rows_of(kForgets && forgets ? tiles - 1 - i : i); };
+  auto tile_rows = [&](int i) { return rows_of(forgets ? tiles - 1 - i : i); };
 
   typename Sequences::Raw input, delta, z;
   typename Projections::Raw raw;
@@ -225,7 +224,8 @@ __global__ void __launch_bounds__(kThreads)
         for (int i = 0; i < kStates; ++i) {
           total[i] = fmaf(weight[i], h[i], total[i]);
           weight[i] *= Decay(rate[i], tile_sum);
-          remembers |= !(weight[i] < kSmallestNormal);
+          // Not 0: a product of smaller numbers may round back up for ever. A NaN remembers.
+          remembers |= !(weight[i] < FLT_MIN);
           h[i] = 0.0f;
         }
         if (!__syncthreads_or(remembers)) break;
@@ -234,7 +234,7 @@ __global__ void __launch_bounds__(kThreads)
     }
     __syncthreads();
   }
-  if (kForgets && forgets) {
+  if (forgets) {
 #pragma unroll
     for (int i = 0; i < kStates; ++i) h[i] = total[i];
   }
