@@ -5,14 +5,16 @@
 // (twice the real part of the sum where A is complex).
 //
 // Work: a block takes one batch row, some channels of one group and one span of the sequence, tile
-// by tile. A channel's states lie on kLanes lanes, kStates on each, and stay in registers; a lane
-// serves kPerLane adjacent channels, which share the loads of B and C; time runs in order. More
-// states than kStates * kLanes are taken in turn, tile by tile, and wait in shared memory.
+// by tile. Half of its threads walk, half stage. Walkers compute the states: a channel's lie on
+// kLanes lanes, kStates on each, and stay in registers; a lane serves kPerLane adjacent channels,
+// which share the loads of B and C; time runs in order. More states than kStates * kLanes are taken
+// in turn, tile by tile, and wait in shared memory. Stagers meanwhile make ready what the next tile
+// needs, and put skip and gate on what the last one left. They meet once a tile. So the warps of a
+// scheduler are twice as many as there are channels for, and one kind's waits are the other's time.
 //
-// Shared memory, twice, for the tile that is walked and for the one that is staged meanwhile: delta
-// and delta * u (softplus and bias done), B and C, y, and what makes out of y. Staging, and skip
-// and gate of the tile before, lie between the steps of the walk, so that the waits of one are
-// filled by the other; one barrier per tile.
+// Shared memory, twice, for the tile that is walked and for the one that is staged: delta and
+// delta * u (softplus and bias done), B and C, y, and what makes out of y. Once: what is on its way
+// from global memory.
 //
 // Cost per (b, d, t, n): one exp2, two multiplies, two FMAs, and (with 4 states) 2.5 registers from
 // shared memory, 1.5 with two channels to a lane; a multiprocessor moves one such register of a
@@ -24,17 +26,21 @@
 namespace jax_sscan::gpu {
 namespace {
 
+// To a multiprocessor: they leave each 80 registers.
+constexpr int kThreadsTogether = 768;
+
 // kElements: kMixed for a kernel that takes everything; otherwise B and C vary along the sequence,
 // all arrays but the weights have that dtype, and nothing restarts.
-template <typename Number, int kStates, int kLanes, int kPerLane, int kThreads, Elements kElements,
+template <typename Number, int kStates, int kLanes, int kPerLane, int kWalkers, Elements kElements,
           Layout kLayout>
 struct ForwardShared {
-  static constexpr int kChannels = kThreads / kLanes * kPerLane, kGroup = kStates * kLanes;
+  static constexpr int kStagers = kWalkers;
+  static constexpr int kChannels = kWalkers / kLanes * kPerLane, kGroup = kStates * kLanes;
   static constexpr bool kPlain = kElements != Elements::kMixed;
   // Against bank conflicts: of y's stores (8), of pairs of steps.
   static constexpr int kPad = kLayout == Layout::kChannelLast ? 8 : kPlain && kPerLane == 1 ? 1 : 2;
-  using Sequences = Tile<kThreads, kChannels, kPad, kElements, kLayout>;
-  using Projections = Tile<kThreads, kGroup * NumberTraits<Number>::kParts, 4, kElements, kLayout>;
+  using Sequences = Tile<kStagers, kChannels, kPad, kElements, kLayout>;
+  using Projections = Tile<kStagers, kGroup * NumberTraits<Number>::kParts, 4, kElements, kLayout>;
   static constexpr int kStep = Sequences::kRow;
   // Numbers of a row of B or C; rows are steps, or channels for a fixed one.
   static constexpr int kRow = Projections::kRow / NumberTraits<Number>::kParts;
@@ -43,7 +49,7 @@ struct ForwardShared {
     alignas(16) float2 steps[Sequences::kCells];  // delta, delta * u
     alignas(16) float y[Sequences::kCells];
     // out = y * x + y for the two elements of a thread's pair, read back by that thread.
-    alignas(16) float4 gates[Sequences::kCount * kThreads];
+    alignas(16) float4 gates[Sequences::kCount * kStagers];
     uint32_t restarts;
   };
   struct StagedProjections {
@@ -54,20 +60,20 @@ struct ForwardShared {
   Staged sequences[2];
   StagedProjections projections[2];
   // What comes next, as it lies in memory.
-  typename Sequences::Slot u[Sequences::kCount * kThreads];
-  typename Sequences::Slot delta[Sequences::kCount * kThreads];
-  typename Sequences::Slot z[Sequences::kCount * kThreads];
-  typename Projections::Slot B[Projections::kCount * kThreads];
-  typename Projections::Slot C[Projections::kCount * kThreads];
+  typename Sequences::Slot u[Sequences::kCount * kStagers];
+  typename Sequences::Slot delta[Sequences::kCount * kStagers];
+  typename Sequences::Slot z[Sequences::kCount * kStagers];
+  typename Projections::Slot B[Projections::kCount * kStagers];
+  typename Projections::Slot C[Projections::kCount * kStagers];
   float2 vectors[kChannels];  // D, delta_bias
 };
 
-template <typename Number, int kStates, int kLanes, int kPerLane, int kThreads, Elements kElements,
+template <typename Number, int kStates, int kLanes, int kPerLane, int kWalkers, Elements kElements,
           Layout kLayout>
-__global__ void __launch_bounds__(kThreads, kPerLane > 1 ? 3 : 4)
+__global__ void __launch_bounds__(2 * kWalkers, kThreadsTogether / (2 * kWalkers))
     ForwardKernel(const __grid_constant__ Forward p, const __grid_constant__ Plan plan,
                   const Number* __restrict__ carry) {
-  using Shared = ForwardShared<Number, kStates, kLanes, kPerLane, kThreads, kElements, kLayout>;
+  using Shared = ForwardShared<Number, kStates, kLanes, kPerLane, kWalkers, kElements, kLayout>;
   using Sequences = typename Shared::Sequences;
   using Projections = typename Shared::Projections;
   constexpr int kChannels = Shared::kChannels, kGroup = Shared::kGroup, kRow = Shared::kRow;
@@ -75,26 +81,158 @@ __global__ void __launch_bounds__(kThreads, kPerLane > 1 ? 3 : 4)
   constexpr int kStep = Shared::kStep, kParts = NumberTraits<Number>::kParts;
   extern __shared__ char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
-  // Only where there are several groups of states: (groups, kStates, threads).
-  Number* waiting = reinterpret_cast<Number*>(memory + sizeof(Shared)) + threadIdx.x;
-
+  constexpr int kStagers = Shared::kStagers, kThreads = kWalkers + kStagers;
   const Operands& o = p.operands;
   const Block block(p, plan);
-  const Lines lines = SequenceLines(p, block);
-  const Sequences sequences(lines, p.reverse);
-  const Projections projections(ProjectionLines<kParts>(p, block), p.reverse);
   StageVectors<kThreads, kChannels>(p, block, shared.vectors);
-  const int lane = threadIdx.x % kLanes, channel = threadIdx.x / kLanes * kPerLane;
   const bool has_z = o.z.data != nullptr;
   const bool B_varies = kPlain || p.B_varies, C_varies = kPlain || p.C_varies;
   // 16 states or fewer are always one group.
   const int groups = kPlain && kGroup <= 16 ? 1 : plan.state_groups;
-
   const int first_tile = static_cast<int>(block.span) * plan.span_tiles;
   const int last_tile =
       first_tile + plan.span_tiles < plan.tiles ? first_tile + plan.span_tiles : plan.tiles;
-  auto rows_of = [&](int tile) { return Rows(p, plan, tile, p.reverse, tile < last_tile); };
+  __syncthreads();
 
+  if (threadIdx.x < kStagers) {
+    const Sequences sequences(SequenceLines(p, block), p.reverse);
+    const Projections projections(ProjectionLines<kParts>(p, block), p.reverse);
+    constexpr int kPairs = Sequences::kCount;
+    // D and delta_bias of the elements that this thread stages.
+    float2 vectors[kPairs][2] = {};
+#pragma unroll
+    for (int k = 0; k < kPairs; ++k) {
+      if (!sequences.Mine(k)) continue;
+      vectors[k][0] = shared.vectors[sequences.LineOf(k, 0)];
+      vectors[k][1] = shared.vectors[sequences.LineOf(k, 1)];
+    }
+    auto rows_of = [&](int tile) {
+      return Rows(p, plan, tile, p.reverse, first_tile <= tile && tile < last_tile);
+    };
+
+    // What is sent for, staged and finished next: tiles, and groups of states of them.
+    int sent_tile = first_tile, sent_group = 0, staged_tile = first_tile, staged_group = 0;
+    auto advance = [&](int& tile, int& group) {
+      if (++group == groups) group = 0, ++tile;
+    };
+    int64_t sent_sequences = sequences.At(rows_of(first_tile)), finished = sent_sequences;
+    int64_t sent_projections = projections.At(rows_of(first_tile));
+    auto send = [&] {
+      const Rows rows = rows_of(sent_tile);
+      if (sent_group == 0) {
+        sequences.Prefetch(o.u, sent_sequences, rows, shared.u);
+        sequences.Prefetch(o.delta, sent_sequences, rows, shared.delta);
+        sequences.Prefetch(o.z, sent_sequences, rows, shared.z, 0, has_z);
+        sent_sequences += sequences.Stride();
+      }
+      const int line = sent_group * kGroup * kParts;
+      const int64_t at = groups > 1 ? projections.At(rows, line) : sent_projections;
+      projections.Prefetch(o.B, at, rows, shared.B, line, B_varies);
+      projections.Prefetch(o.C, at, rows, shared.C, line, C_varies);
+      SendCopies();
+      sent_projections += projections.Stride();
+      advance(sent_tile, sent_group);
+    };
+    auto stage_pair = [&](const Rows& rows, int k, uint2 u, uint2 delta, uint2 z,
+                          typename Shared::Staged& to) {
+      if (!sequences.Mine(k)) return;
+      const float2 input = sequences.Widen(u, o.u);
+      const float2 first = vectors[k][0], second = vectors[k][1];
+      float2 value = sequences.Widen(delta, o.delta);
+      value = {value.x + first.y, value.y + second.y};
+      if (p.delta_softplus)
+        value = {Softplus<kExact<kElements>>(value.x).value,
+                 Softplus<kExact<kElements>>(value.y).value};
+      // Steps that are not there have delta 0, whatever the bias.
+      value = {sequences.Exists(k, 0, rows) ? value.x : 0.0f,
+               sequences.Exists(k, 1, rows) ? value.y : 0.0f};
+      sequences.Put(to.steps, k, {value.x, value.x * input.x}, {value.y, value.y * input.y});
+      float2 gate{1.0f, 1.0f};
+      if (has_z) {
+        const float2 x = sequences.Widen(z, o.z);
+        gate = {x.x * Sigmoid<kExact<kElements>>(x.x), x.y * Sigmoid<kExact<kElements>>(x.y)};
+      }
+      to.gates[k * kStagers + threadIdx.x] = {gate.x * kParts, first.x * input.x * gate.x,
+                                              gate.y * kParts, second.x * input.y * gate.y};
+    };
+    // What was sent for is in registers before the next is sent for, into the same slots: then that
+    // has a whole tile's time to come.
+    auto stage = [&] {
+      const Rows rows = rows_of(staged_tile);
+      const int tile = staged_tile - first_tile, group = staged_group;
+      typename Sequences::Raw u{}, delta{}, z{};
+      typename Projections::Raw B{}, C{};
+      auto take = [](const auto& tile, const auto* slots, auto& to, bool wanted) {
+        if (!wanted) return;
+#pragma unroll
+        for (int k = 0; k < tile.kCount; ++k) to.pair[k] = tile.Take(slots, k);
+      };
+      WaitForCopies();
+      take(sequences, shared.u, u, group == 0);
+      take(sequences, shared.delta, delta, group == 0);
+      take(sequences, shared.z, z, group == 0);
+      take(projections, shared.B, B, B_varies);
+      take(projections, shared.C, C, C_varies);
+      send();
+      if (group == 0) {
+        typename Shared::Staged& to = shared.sequences[tile & 1];
+#pragma unroll
+        for (int k = 0; k < kPairs; ++k)
+          stage_pair(rows, k, u.pair[k], delta.pair[k], z.pair[k], to);
+        if (!kPlain && p.has_segments && threadIdx.x < kWarp) {
+          const uint32_t restarts = Restarts(p, block.row, rows);
+          if (threadIdx.x == 0) to.restarts = restarts;
+        }
+      }
+      auto stage_projection = [&](const Array& from, bool varies,
+                                  const typename Projections::Raw& raw, Number* to) {
+        if (varies) {
+#pragma unroll
+          for (int k = 0; k < Projections::kCount; ++k) {
+            const float2 x = projections.Widen(raw.pair[k], from);
+            projections.Put(reinterpret_cast<float*>(to), k, x.x, x.y);
+          }
+        } else {
+          StageFixed<Number, kStagers, kChannels, kGroup, kRow>(p, block, from, group * kGroup, to);
+        }
+      };
+      typename Shared::StagedProjections& to = shared.projections[(tile * groups + group) & 1];
+      stage_projection(o.B, B_varies, B, to.B);
+      stage_projection(o.C, C_varies, C, to.C);
+      advance(staged_tile, staged_group);
+    };
+    auto finish = [&](int tile) {
+      const Rows rows = rows_of(tile);
+      const typename Shared::Staged& from = shared.sequences[(tile - first_tile) & 1];
+#pragma unroll
+      for (int k = 0; k < kPairs; ++k) {
+        if (!sequences.Mine(k)) continue;
+        const float2 y = sequences.Get(from.y, k);
+        const float4 gate = from.gates[k * kStagers + threadIdx.x];
+        sequences.Store(p.out, finished, rows, k, fmaf(y.x, gate.x, gate.y),
+                        fmaf(y.y, gate.z, gate.w));
+      }
+      finished += sequences.Stride();
+    };
+
+    send();
+    stage();
+    for (int tile = first_tile; tile < last_tile; ++tile) {
+      for (int group = 0; group < groups; ++group) {
+        Meet<kThreads>();
+        if (tile > first_tile && group == 0) finish(tile - 1);
+        stage();
+      }
+    }
+    Meet<kThreads>();
+    finish(last_tile - 1);
+    return;
+  }
+
+  const int walker = threadIdx.x - kStagers;
+  const int lane = walker % kLanes, channel = walker / kLanes * kPerLane;
+  // Only where there are several groups of states: (groups, kPerLane, kStates, walkers).
+  Number* waiting = reinterpret_cast<Number*>(memory + sizeof(Shared)) + walker;
   Number rate[kPerLane][kStates], h[kPerLane][kStates];
   auto each = [&](int group, auto body) {
 #pragma unroll
@@ -110,7 +248,7 @@ __global__ void __launch_bounds__(kThreads, kPerLane > 1 ? 3 : 4)
     });
   };
   auto place_of = [&](int group, int j, int i) {
-    return ((group * kPerLane + j) * kStates + i) * kThreads;
+    return ((group * kPerLane + j) * kStates + i) * kWalkers;
   };
   for (int group = 0; group < groups; ++group) {
     each(group, [&](int j, int i, int64_t n) {
@@ -129,92 +267,6 @@ __global__ void __launch_bounds__(kThreads, kPerLane > 1 ? 3 : 4)
   }
   load_group(0);
 
-  int64_t next_sequences = sequences.At(rows_of(first_tile));
-  auto load_sequences = [&](const Rows& rows) {
-    sequences.Prefetch(o.u, next_sequences, rows, shared.u);
-    sequences.Prefetch(o.delta, next_sequences, rows, shared.delta);
-    sequences.Prefetch(o.z, next_sequences, rows, shared.z, 0, has_z);
-    next_sequences += sequences.Stride();
-  };
-  int64_t next_projections = projections.At(rows_of(first_tile));
-  auto load_projections = [&](const Rows& rows, int group) {
-    const int line = group * kGroup * kParts;
-    const int64_t at = groups > 1 ? projections.At(rows, line) : next_projections;
-    projections.Prefetch(o.B, at, rows, shared.B, line, B_varies);
-    projections.Prefetch(o.C, at, rows, shared.C, line, C_varies);
-    SendCopies();
-    next_projections += projections.Stride();
-  };
-  // D and delta_bias of the elements that this thread stages.
-  constexpr int kPairs = Sequences::kCount, kProjectionPairs = Projections::kCount;
-  float2 vectors[kPairs][2] = {};
-  auto stage_sequences = [&](const Rows& rows, int k, typename Shared::Staged& to) {
-    if (!sequences.Mine(k)) return;
-    const float2 input = sequences.Widen(sequences.Take(shared.u, k), o.u);
-    const float2 first = vectors[k][0], second = vectors[k][1];
-    float2 value = sequences.Widen(sequences.Take(shared.delta, k), o.delta);
-    value = {value.x + first.y, value.y + second.y};
-    // No branches here: they would keep steps and staging apart.
-    const float2 softplus{Softplus<kExact<kElements>>(value.x).value,
-                          Softplus<kExact<kElements>>(value.y).value};
-    value = p.delta_softplus ? softplus : value;
-    // Steps that are not there have delta 0, whatever the bias.
-    value = {sequences.Exists(k, 0, rows) ? value.x : 0.0f,
-             sequences.Exists(k, 1, rows) ? value.y : 0.0f};
-    sequences.Put(to.steps, k, {value.x, value.x * input.x}, {value.y, value.y * input.y});
-    const float2 x = sequences.Widen(sequences.Take(shared.z, k), o.z);
-    float2 gate{x.x * Sigmoid<kExact<kElements>>(x.x), x.y * Sigmoid<kExact<kElements>>(x.y)};
-    gate = has_z ? gate : float2{1.0f, 1.0f};
-    to.gates[k * kThreads + threadIdx.x] = {gate.x * kParts, first.x * input.x * gate.x,
-                                            gate.y * kParts, second.x * input.y * gate.y};
-  };
-  int64_t finished = next_sequences - sequences.Stride();
-  auto finish = [&](const Rows& rows, int k, const typename Shared::Staged& from) {
-    if (!sequences.Mine(k)) return;
-    const float2 y = sequences.Get(from.y, k);
-    const float4 gate = from.gates[k * kThreads + threadIdx.x];
-    sequences.Store(p.out, finished, rows, k, fmaf(y.x, gate.x, gate.y), fmaf(y.y, gate.z, gate.w));
-  };
-  auto stage_varying = [&](int k, typename Shared::StagedProjections& to) {
-    if (B_varies) {
-      const float2 x = projections.Widen(projections.Take(shared.B, k), o.B);
-      projections.Put(reinterpret_cast<float*>(to.B), k, x.x, x.y);
-    }
-    if (C_varies) {
-      const float2 x = projections.Widen(projections.Take(shared.C, k), o.C);
-      projections.Put(reinterpret_cast<float*>(to.C), k, x.x, x.y);
-    }
-  };
-  auto stage_fixed = [&](int group, typename Shared::StagedProjections& to) {
-    auto stage = [&](const Array& from, Number* at) {
-      StageFixed<Number, kThreads, kChannels, kGroup, kRow>(p, block, from, group * kGroup, at);
-    };
-    if (!B_varies) stage(o.B, to.B);
-    if (!C_varies) stage(o.C, to.C);
-  };
-  auto stage_restarts = [&](const Rows& rows, typename Shared::Staged& to) {
-    if (kPlain || !p.has_segments || threadIdx.x >= kWarp) return;
-    const uint32_t restarts = Restarts(p, block.row, rows);
-    if (threadIdx.x == 0) to.restarts = restarts;
-  };
-
-  load_sequences(rows_of(first_tile));
-  load_projections(rows_of(first_tile), 0);
-  WaitForCopies();
-  __syncthreads();
-#pragma unroll
-  for (int k = 0; k < kPairs; ++k) {
-    if (!sequences.Mine(k)) continue;
-    vectors[k][0] = shared.vectors[sequences.LineOf(k, 0)];
-    vectors[k][1] = shared.vectors[sequences.LineOf(k, 1)];
-  }
-#pragma unroll
-  for (int k = 0; k < kPairs; ++k) stage_sequences(rows_of(first_tile), k, shared.sequences[0]);
-#pragma unroll
-  for (int k = 0; k < kProjectionPairs; ++k) stage_varying(k, shared.projections[0]);
-  stage_fixed(0, shared.projections[0]);
-  stage_restarts(rows_of(first_tile), shared.sequences[0]);
-
   // Sums of y over lanes are made for kSum steps at once; this lane comes to hold kHeld of them,
   // from first_row on.
   constexpr int kSum = kLanes <= 4 ? 4 : kLanes, kHeld = kSum / kLanes;
@@ -222,38 +274,28 @@ __global__ void __launch_bounds__(kThreads, kPerLane > 1 ? 3 : 4)
 #pragma unroll
   for (int bit = 1, half = kSum / 2; bit < kLanes; bit *= 2, half /= 2)
     first_row += lane & bit ? half : 0;
+  // Of this lane's first state among the saved ones, where those that enter a tile go.
+  int64_t saved = TransposedIndex(
+      p, block,
+      block.row * (plan.tiles - 1) + (p.reverse ? plan.tiles - 1 - first_tile : first_tile - 1),
+      channel, lane * kStates);
   int turn = 0;  // of the projections' buffers
   for (int tile = first_tile; tile < last_tile; ++tile) {
-    const Rows next = rows_of(tile + 1), previous(p, plan, tile - 1, p.reverse, tile > first_tile);
     typename Shared::Staged& staged = shared.sequences[(tile - first_tile) & 1];
-    typename Shared::Staged& staging = shared.sequences[(tile - first_tile + 1) & 1];
     for (int group = 0; group < groups; ++group, turn ^= 1) {
-      const bool last_group = group + 1 == groups;
       const typename Shared::StagedProjections& staged_projections = shared.projections[turn];
-      typename Shared::StagedProjections& staging_projections = shared.projections[turn ^ 1];
       if (groups > 1) {
         load_group(group);
         each(group, [&](int j, int i, int64_t) { h[j][i] = waiting[place_of(group, j, i)]; });
       }
       if (p.states.data && tile) {
-        const int saved = p.reverse ? plan.tiles - 1 - tile : tile - 1;
+        Number* to = static_cast<Number*>(p.states.data) + saved + group * kGroup * p.dim;
         each(group, [&](int j, int i, int64_t n) {
-          if (exists(j, n))
-            static_cast<Number*>(p.states.data)[TransposedIndex(
-                p, block, block.row * (plan.tiles - 1) + saved, channel + j, n)] = h[j][i];
+          if (exists(j, n)) to[i * p.dim + j] = h[j][i];
         });
       }
-      // What was staged is there, and everyone is done with what lay where now is staged.
-      __syncthreads();
-      // Loaded here, staged in the second half of the walk.
-      if (last_group) load_sequences(next);
-      load_projections(last_group ? next : rows_of(tile), last_group ? 0 : group + 1);
-      uint32_t restarts = 0;
-      if (!kPlain && p.has_segments) restarts = staged.restarts;
-      if (!kPlain) {
-        stage_fixed(last_group ? 0 : group + 1, staging_projections);
-        if (last_group) stage_restarts(next, staging);
-      }
+      Meet<kThreads>();
+      const uint32_t restarts = !kPlain && p.has_segments ? staged.restarts : 0;
 
       auto load = [&](const Number* from, bool varies, int row, Number(&to)[kPerLane][kStates]) {
 #pragma unroll
@@ -280,45 +322,40 @@ __global__ void __launch_bounds__(kThreads, kPerLane > 1 ? 3 : 4)
         load(staged_projections.B, B_varies, i, to.b);
         load(staged_projections.C, C_varies, i, to.c);
       };
-      float y[kPerLane][kSum];
+      float y[kPerLane][kSum], sums[kTile / kSum][kPerLane][kHeld];
       auto sum_over_lanes = [&](int first) {
 #pragma unroll
-        for (int j = 0; j < kPerLane; ++j) SumHalves<kSum, 0, 1, kLanes>(y[j]);
+        for (int j = 0; j < kPerLane; ++j) {
+          SumHalves<kSum, 0, 1, kLanes>(y[j]);
+#pragma unroll
+          for (int k = 0; k < kHeld; ++k) sums[first / kSum][j][k] = y[j][k];
+        }
+      };
+      auto store = [&](int first) {
 #pragma unroll
         for (int k = 0; k < kHeld; ++k) {
+          const auto& sum = sums[first / kSum];
           float* to = staged.y + (first + first_row + k) * kStep + channel;
           if constexpr (kPerLane == 2) {
-            float2 sum{y[0][k], y[1][k]};
-            if (group) {
-              const float2 before = *reinterpret_cast<const float2*>(to);
-              sum = {sum.x + before.x, sum.y + before.y};
-            }
-            *reinterpret_cast<float2*>(to) = sum;
+            const float2 before = group ? *reinterpret_cast<const float2*>(to) : float2{};
+            *reinterpret_cast<float2*>(to) = {sum[0][k] + before.x, sum[1][k] + before.y};
           } else {
-            *to = group ? *to + y[0][k] : y[0][k];
+            *to = group ? *to + sum[0][k] : sum[0][k];
           }
         }
       };
-      // Between the steps of this tile the one before is finished and the next one staged, so that
-      // the waits of one are filled by another.
-      constexpr int kJobs = kPairs + kProjectionPairs, kSpacing = 2 * kJobs <= kTile / 2 ? 2 : 1;
-      static_assert(kJobs <= kTile / 2);
-      auto job = [&](int i) {
-        if (i >= 1 && i <= kPairs && group == 0) finish(previous, i - 1, staging);
-        const int stage = (i - kTile / 2) / kSpacing;
-        if (i < kTile / 2 || (i - kTile / 2) % kSpacing) return;
-        if (i == kTile / 2) WaitForCopies();
-        if (stage < kPairs && last_group) stage_sequences(next, stage, staging);
-        if (stage >= kPairs && stage < kJobs) stage_varying(stage - kPairs, staging_projections);
-      };
+      // The compiler moves no load across a store: where there are registers for it, sums are
+      // stored at the end of the tile, and everywhere what a step needs is loaded a step ahead.
+      constexpr bool kStoresLate = kPerLane == 1;
       Step now, then;
       load_step(0, now);
 #pragma unroll
       for (int i = 0; i < kTile; ++i) {
-        // Loaded a step ahead, since the compiler moves no load across a store.
         if (i + 1 < kTile) load_step(i + 1, then);
-        if (i && i % kSum == 0) sum_over_lanes(i - kSum);
-        job(i);
+        if (i && i % kSum == 0) {
+          sum_over_lanes(i - kSum);
+          if (!kStoresLate) store(i - kSum);
+        }
 #pragma unroll
         for (int j = 0; j < kPerLane; ++j) {
           float sum = 0.0f;
@@ -334,18 +371,15 @@ __global__ void __launch_bounds__(kThreads, kPerLane > 1 ? 3 : 4)
         now = then;
       }
       sum_over_lanes(kTile - kSum);
+#pragma unroll
+      for (int first = kStoresLate ? 0 : kTile - kSum; first < kTile; first += kSum) store(first);
       if (groups > 1) {
         each(group, [&](int j, int i, int64_t) { waiting[place_of(group, j, i)] = h[j][i]; });
       }
     }
-
-    finished += sequences.Stride();
+    saved += (p.reverse ? -p.dstate : p.dstate) * p.dim;
   }
-  __syncthreads();
-#pragma unroll
-  for (int k = 0; k < kPairs; ++k)
-    finish(Rows(p, plan, last_tile - 1, p.reverse), k,
-           shared.sequences[(last_tile - 1 - first_tile) & 1]);
+  Meet<kThreads>();
 
   if (p.last_state.data && block.span == plan.spans - 1) {
     for (int group = 0; group < groups; ++group) {
@@ -358,35 +392,36 @@ __global__ void __launch_bounds__(kThreads, kPerLane > 1 ? 3 : 4)
   }
 }
 
-template <typename Number, int kStates, int kLanes, int kPerLane, Elements kElements,
+template <typename Number, int kStates, int kLanes, int kPerLane, int kWalkers, Elements kElements,
           Layout kLayout>
 Error Launch(const Forward& p, const Plan& plan, const void* carry, Stream stream) {
-  constexpr int kThreads = 128;
   const auto kernel =
-      ForwardKernel<Number, kStates, kLanes, kPerLane, kThreads, kElements, kLayout>;
+      ForwardKernel<Number, kStates, kLanes, kPerLane, kWalkers, kElements, kLayout>;
   constexpr int kShared =
-      sizeof(ForwardShared<Number, kStates, kLanes, kPerLane, kThreads, kElements, kLayout>);
-  constexpr int kWaiting = kStates * kPerLane * kThreads * sizeof(Number);
+      sizeof(ForwardShared<Number, kStates, kLanes, kPerLane, kWalkers, kElements, kLayout>);
+  constexpr int kWaiting = kStates * kPerLane * kWalkers * sizeof(Number);
   constexpr int kMost = kElements == Elements::kMixed ? kMostStates : kMostPlainStates;
   static_assert(kShared + kMost / (kStates * kLanes) * kWaiting <= kSharedBytes);
   const int bytes = kShared + (plan.state_groups > 1 ? plan.state_groups * kWaiting : 0);
   if (const Error error = AllowSharedBytes(kernel, bytes); error != kSuccess) return error;
-  kernel<<<static_cast<unsigned>(plan.blocks * plan.spans), kThreads, bytes, stream>>>(
+  kernel<<<static_cast<unsigned>(plan.blocks * plan.spans), 2 * kWalkers, bytes, stream>>>(
       p, plan, static_cast<const Number*>(carry));
   return LastError();
 }
 
 template <Elements kElements, Layout kLayout>
 Error LaunchRegular(const Forward& p, const Plan& plan, const void* carry, Stream stream) {
-  switch (plan.shape.lanes) {
-    case 2:
-      return Launch<float, 2, 2, 1, kElements, kLayout>(p, plan, carry, stream);
-    case 4:
-      return plan.shape.channels == 2
-                 ? Launch<float, 4, 4, 2, kElements, kLayout>(p, plan, carry, stream)
-                 : Launch<float, 4, 4, 1, kElements, kLayout>(p, plan, carry, stream);
+  const auto launch = [&](auto kernel) { return kernel(p, plan, carry, stream); };
+  if (plan.shape.lanes == 2) return launch(Launch<float, 2, 2, 1, 128, kElements, kLayout>);
+  if (plan.shape.lanes == 16) return launch(Launch<float, 4, 16, 2, 128, kElements, kLayout>);
+  if (plan.shape.channels == 2) return launch(Launch<float, 4, 4, 2, 128, kElements, kLayout>);
+  switch (plan.walkers) {
+    case 96:
+      return launch(Launch<float, 4, 4, 1, 96, kElements, kLayout>);
+    case 160:
+      return launch(Launch<float, 4, 4, 1, 160, kElements, kLayout>);
     default:
-      return Launch<float, 4, 16, 2, kElements, kLayout>(p, plan, carry, stream);
+      return launch(Launch<float, 4, 4, 1, 128, kElements, kLayout>);
   }
 }
 
@@ -417,9 +452,10 @@ Error LaunchForward(const Forward& p, Stream stream) {
     case Elements::kHalf:
       return LaunchLayout<Elements::kHalf>(p, plan, carry, stream);
     default:
-      return IsComplex(p)
-                 ? Launch<Complex, 2, 8, 1, Elements::kMixed, Layout::kAny>(p, plan, carry, stream)
-                 : Launch<float, 2, 8, 1, Elements::kMixed, Layout::kAny>(p, plan, carry, stream);
+      return IsComplex(p) ? Launch<Complex, 2, 8, 1, 128, Elements::kMixed, Layout::kAny>(
+                                p, plan, carry, stream)
+                          : Launch<float, 2, 8, 1, 128, Elements::kMixed, Layout::kAny>(
+                                p, plan, carry, stream);
   }
 }
 

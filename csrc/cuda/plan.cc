@@ -11,15 +11,16 @@ namespace {
 constexpr int64_t kMultiprocessors = 132;
 // Shorter spans spend their time on entering and leaving.
 constexpr int kShortestSpan = 8;
-// The passes before and between spans, in microseconds: per state and step, and for their launches.
-constexpr double kCarryTime = 0.38e-6, kCarryLaunches = 8.0;
+// The passes before and between spans, in microseconds: per state and step, where it may stop early
+// (which depends on the data), and for their launches.
+constexpr double kCarryTime = 0.45e-6, kEarlyCarryTime = 0.5 * kCarryTime, kCarryLaunches = 12.0;
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // A kernel that could run, and how long it takes.
 struct Candidate {
   Shape shape;
-  int threads;
+  int walkers;
   int slots;  // blocks that fit a multiprocessor
   // Microseconds a tile takes (kTile steps of a block's channels, one group of states) where k
   // blocks share a multiprocessor: alone + (k - 1) * another. Measured on an H200.
@@ -41,23 +42,27 @@ Plan Cut(const Problem& p, std::initializer_list<Candidate> candidates) {
   for (const Candidate& c : candidates) {
     Plan plan{};
     plan.shape = c.shape;
-    plan.threads = c.threads;
-    plan.block_channels = c.threads / c.shape.lanes * c.shape.channels;
+    plan.walkers = c.walkers;
+    plan.block_channels = c.walkers / c.shape.lanes * c.shape.channels;
     plan.blocks_per_group = static_cast<int>(CeilDiv(p.group_dim(), plan.block_channels));
     plan.blocks = p.batch * p.groups * plan.blocks_per_group;
     plan.tiles = static_cast<int>(CeilDiv(p.length, kTile));
     plan.last_steps = static_cast<int>(p.length - (plan.tiles - 1) * int64_t{kTile});
     plan.state_groups = static_cast<int>(CeilDiv(p.dstate, c.shape.group()));
-    const double states =
-        static_cast<double>(p.batch * p.dim * p.length) * static_cast<double>(p.dstate);
+    // What the pass before spans goes through: it takes 16 states at a time, there or not.
+    const double states = static_cast<double>(p.batch * p.dim * p.length) *
+                          static_cast<double>(CeilDiv(p.dstate, 16) * 16);
     const int64_t most = std::clamp<int64_t>(c.slots * kMultiprocessors / plan.blocks, 1,
                                              std::max(plan.tiles / kShortestSpan, 1));
     for (int64_t spans = 1; spans <= most; ++spans) {
       plan.span_tiles = static_cast<int>(CeilDiv(plan.tiles, spans));
       plan.spans = static_cast<int>(CeilDiv(plan.tiles, plan.span_tiles));
       double time = TileTime(c, plan.blocks * plan.spans) * plan.span_tiles * plan.state_groups;
-      if (plan.spans > 1) time += states * kCarryTime + kCarryLaunches;
-      if (best.threads && time >= best_time) continue;
+      const bool early = p.delta_softplus && plan.span_tiles >= kLongSpan;
+      if (plan.spans > 1)
+        time += states * (plan.spans - 1) / plan.spans * (early ? kEarlyCarryTime : kCarryTime) +
+                kCarryLaunches;
+      if (best.walkers && time >= best_time) continue;
       best = plan;
       best_time = time;
     }
@@ -77,11 +82,14 @@ struct Layout {
 }  // namespace
 
 Plan Plan::Forward(const Problem& p, Elements elements) {
-  if (elements == Elements::kMixed) return Cut(p, {{{2, 8, 1}, 128, 4, 1.4, 0.5}});
-  if (p.dstate <= 4) return Cut(p, {{{2, 2, 1}, 128, 4, 1.4, 0.5}});
+  if (elements == Elements::kMixed) return Cut(p, {{{2, 8, 1}, 128, 3, 1.6, 0.75}});
+  if (p.dstate <= 4) return Cut(p, {{{2, 2, 1}, 128, 3, 0.72, 0.42}});
   if (p.dstate <= 16)
-    return Cut(p, {{{4, 4, 1}, 128, 4, 1.0, 0.42}, {{4, 4, 2}, 128, 3, 1.65, 0.68}});
-  return Cut(p, {{{4, 16, 2}, 128, 3, 1.4, 0.6}});
+    return Cut(p, {{{4, 4, 1}, 96, 4, 0.63, 0.39},
+                   {{4, 4, 1}, 128, 3, 0.72, 0.45},
+                   {{4, 4, 1}, 160, 2, 0.91, 0.56},
+                   {{4, 4, 2}, 128, 3, 1.0, 0.8}});
+  return Cut(p, {{{4, 16, 2}, 128, 3, 1.3, 0.58}});
 }
 
 Plan Plan::Backward(const Problem& p, Elements elements) {

@@ -12,6 +12,10 @@ constexpr int kTile = 16;
 
 inline bool IsComplex(const Problem& p) { return ffi::ToReal(p.state) != p.state; }
 
+// Spans of so many tiles (8192 steps) are long: the pass before them asks whether their end still
+// knows of their beginning. In shorter ones it would mostly ask in vain.
+constexpr int kLongSpan = 512;
+
 // More states do not fit in shared memory, where they wait their turn (kept in step with
 // _MOST_STATES in jax_sscan/backends/native.py).
 constexpr int64_t kMostStates = 1024;
@@ -34,7 +38,7 @@ struct Shape {
 
 struct Plan {
   Shape shape;
-  int threads;           // of a block
+  int walkers;           // threads of a block that compute states
   int block_channels;    // channels of a block, all of one group and batch row
   int blocks_per_group;  // blocks side by side over the channels of a group
   int64_t blocks;        // over batch, groups and channels

@@ -23,8 +23,6 @@ namespace jax_sscan::gpu {
 namespace {
 
 constexpr int kThreads = 128;
-// Spans of so many tiles (8192 steps) are long. Shorter ones would mostly ask in vain.
-constexpr int kLongSpan = 512;
 
 // 16 states at a time, on as few lanes as registers allow.
 template <typename Number>
@@ -282,7 +280,7 @@ Error Launch(const Pass& p, Plan plan, const Array& first, Number* carry, float*
   constexpr int kStates = SpanShape<Number>::kStates, kChannels = SpanShape<Number>::kChannels;
   constexpr int kGroup = SpanShape<Number>::kGroup;
   plan.shape = {kStates, SpanShape<Number>::kLanes, 1};
-  plan.threads = kThreads;
+  plan.walkers = kThreads;
   plan.block_channels = kChannels;
   plan.blocks_per_group = static_cast<int>((p.group_dim() + kChannels - 1) / kChannels);
   plan.blocks = p.batch * p.groups * plan.blocks_per_group;

@@ -62,6 +62,12 @@ __device__ inline uint32_t ToHalves(float x, float y) {
   return __half_as_ushort(pair.x) | static_cast<uint32_t>(__half_as_ushort(pair.y)) << 16;
 }
 
+// A barrier for all kThreads of a block, who may stand in different places of the code.
+template <int kThreads>
+__device__ inline void Meet() {
+  asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
+}
+
 // Copies kBytes (4, 8 or 16), or as many zeros, to shared memory without a register; there once
 // the same thread has called SendCopies and, as late as it can, WaitForCopies.
 template <int kBytes>
