@@ -179,6 +179,32 @@ def test_spans_agree_with_the_whole(batch: int, dim: int, length: int, reverse: 
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("delta_softplus", [False, True])
+@pytest.mark.parametrize(("batch", "dim", "length"), [(1, 64, 20_000), (3, 512, 40_000), (1, 2048, 65_536)])
+def test_a_long_sequence_is_its_halves(batch: int, dim: int, length: int, delta_softplus: bool) -> None:
+    """However a sequence is cut up for the GPU, and whatever workspace that takes."""
+    keys = jax.random.split(jax.random.key(length), 5)
+    A = -jnp.exp(jax.random.uniform(keys[0], (dim, 16), maxval=2.5))
+    u = jax.random.normal(keys[1], (batch, length, dim))
+    delta = jax.random.uniform(keys[2], (batch, length, dim), maxval=0.1) - (4.0 if delta_softplus else 0.0)
+    B, C = (jax.random.normal(key, (batch, length, 16)) for key in keys[3:])
+
+    def scan(state: Any, part: slice) -> Any:
+        return jax_sscan.selective_scan(
+            u[:, part], delta[:, part], A, B[:, part], C[:, part], delta_softplus=delta_softplus,
+            layout="bld", initial_state=state, return_last_state=True, implementation="cuda",
+        )  # fmt: skip
+
+    state = jnp.zeros((batch, dim, 16))
+    out, last = scan(state, slice(None))
+    first, middle = scan(state, slice(length // 2))
+    second, last_of_second = scan(middle, slice(length // 2, None))
+    expected = jnp.concatenate([first, second], 1)
+    for actual, wanted in ((out, expected), (last, last_of_second)):
+        assert float(jnp.linalg.norm(actual - wanted) / jnp.linalg.norm(wanted)) <= 1e-5
+
+
+@pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("state", ["forgets", "forgets in part", "grows"])

@@ -11,8 +11,9 @@ namespace {
 constexpr int64_t kMultiprocessors = 132;
 // Shorter spans spend their time on entering and leaving.
 constexpr int kShortestSpan = 8;
-// The passes before and between spans, in microseconds: per state and step, where it may stop early
-// (which depends on the data), and for their launches.
+// The passes before and between spans, in microseconds: per state and step, the same where it may
+// stop early (whether it does depends on flags that a plan does not know, and on the data), and for
+// their launches.
 constexpr double kCarryTime = 0.45e-6, kEarlyCarryTime = 0.5 * kCarryTime, kCarryLaunches = 12.0;
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -58,7 +59,7 @@ Plan Cut(const Problem& p, std::initializer_list<Candidate> candidates) {
       plan.span_tiles = static_cast<int>(CeilDiv(plan.tiles, spans));
       plan.spans = static_cast<int>(CeilDiv(plan.tiles, plan.span_tiles));
       double time = TileTime(c, plan.blocks * plan.spans) * plan.span_tiles * plan.state_groups;
-      const bool early = p.delta_softplus && plan.span_tiles >= kLongSpan;
+      const bool early = plan.span_tiles >= kLongSpan;
       if (plan.spans > 1)
         time += states * (plan.spans - 1) / plan.spans * (early ? kEarlyCarryTime : kCarryTime) +
                 kCarryLaunches;
