@@ -300,6 +300,8 @@ def test_wrong_arguments_are_named() -> None:
         r"input_ids must have 2 axes": lambda: model(ids[0]),
         "attention_mask must have shape": lambda: model(ids, attention_mask=jnp.ones((2, 3), jnp.int32)),
         "attention_mask must be bool": lambda: model(ids, attention_mask=jnp.ones((2, 4))),
+        r"cache must hold 4 arrays": lambda: model(ids, model.init_cache(2)[:1]),
+        r"cache\[0\].conv must have shape \(2, .*, got \(3, ": lambda: model(ids, model.init_cache(3)),
         "padded on the left": lambda: generate(model, ids, 2, attention_mask=right_padded),
         "at least one token": lambda: generate(model, ids[:, :0], 2),
         "max_new_tokens": lambda: generate(model, ids, -1),

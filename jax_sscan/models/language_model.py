@@ -127,6 +127,8 @@ class MambaLM(nnx.Module):
         input_ids = check_token_ids("input_ids", input_ids, config.vocab_size)
         mask = None if attention_mask is None else as_mask(attention_mask, input_ids.shape)
         shard = for_call(config.shard, input_ids.shape[1], mask)
+        if cache is not None and not (shard and is_inside(shard)):
+            _check_cache(cache, jax.eval_shape(lambda: self.init_cache(len(input_ids))))
         graph, state = nnx.split(self)
         leaves, tree = jax.tree.flatten(state)
         stack = (None,) if config.scan_layers else ()
@@ -271,6 +273,22 @@ def as_mask(attention_mask: Any, shape: tuple[int, ...]) -> jax.Array:
     array = _integers("attention_mask", attention_mask, "bool or integers")
     checks.check_shape("attention_mask", array, "(batch, length)", shape)
     return array != 0
+
+
+def _check_cache(cache: Any, expected: LMCache) -> None:
+    """Raises ``ValueError`` for the cache of another model, or of another batch."""
+    arrays, named = jax.tree.leaves(cache), jax.tree_util.tree_leaves_with_path(expected)
+    if len(arrays) != len(named):
+        raise ValueError(
+            f"cache must hold {len(named)} arrays, as init_cache and earlier calls of this model return it, "
+            f"got {len(arrays)}: it is of another model"
+        )
+    for array, (path, like) in zip(arrays, named, strict=True):
+        if jnp.shape(array) != like.shape:
+            raise ValueError(
+                f"cache{jax.tree_util.keystr(path)} must have shape {like.shape}, got {jnp.shape(array)}: "
+                "it is of another model or another batch"
+            )
 
 
 def _integers(name: str, value: Any, expected: str) -> jax.Array:
