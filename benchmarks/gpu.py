@@ -7,6 +7,8 @@ jit from calls queued one after the other. Writes results.json, table.md and plo
 """
 
 import argparse
+import functools
+import importlib.util
 import json
 import statistics
 import tempfile
@@ -28,7 +30,7 @@ import jax_sscan
 
 # Ceilings of an H200, measured: exp2 a second, and bytes a second of a copy.
 EXP2_RATE, COPY_RATE = 4.16e12, 4.23e12
-# mamba_ssm's kernels on an H200, bfloat16 unless said: microseconds forward and backward.
+# mamba_ssm's kernels on an H200, for where it is not installed: microseconds forward and backward.
 MAMBA_SSM = {
     ((8, 1536, 2048, 16), "bfloat16"): (488, 1799),
     ((8, 1536, 2048, 16), "float32"): (884, 2076),
@@ -73,6 +75,47 @@ def kernel_us(call: Callable[[], Any], runs: int = 5) -> dict[str, float]:
                     if "jax_sscan" in event.name:
                         found[event.name] = found.get(event.name, 0.0) + event.duration_ns / 1e3 / runs
     return found
+
+
+@functools.cache
+def mamba_ssm_us(shape: Shape, dtype: str) -> tuple[float, float] | None:
+    """Microseconds of mamba_ssm's own CUDA operator, forward and backward: timed here if it is installed."""
+    if importlib.util.find_spec("mamba_ssm") is None:
+        return MAMBA_SSM.get((shape, dtype))
+    import torch  # pyright: ignore[reportMissingImports]
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn  # pyright: ignore[reportMissingImports]
+
+    tensors = [torch.from_dlpack(x).requires_grad_() for x in arrays(shape, dtype, "bdl")]
+    u, delta, A, B, C, D, z, delta_bias = tensors
+    cotangent = torch.randn_like(u)
+
+    def forward() -> Any:
+        return selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, delta_softplus=True)
+
+    def median_us(call: Callable[[], Any], calls: int = 10) -> float:
+        """Of a call in a CUDA graph of several, which holds no launches."""
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            call()
+        side.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(calls):
+                call()
+        times = []
+        for _ in range(7):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(1e3 * begin.elapsed_time(end) / calls)
+        return statistics.median(times)
+
+    both = median_us(lambda: torch.autograd.grad(forward(), tensors, cotangent))
+    with torch.no_grad():
+        alone = median_us(forward)
+    return alone, both - alone
 
 
 def in_jit_us(call: Callable[[], Any], queued: int, repeats: int = 5) -> float:
@@ -138,7 +181,7 @@ def measure(shape: Shape, dtype: str, layout: str) -> list[dict[str, Any]]:
         "both": (sum(kernels.values()), in_jit_us(lambda: gradients(cotangent, *args), queued)),
     }
     rows = []
-    mamba = MAMBA_SSM.get((shape, dtype))
+    mamba = mamba_ssm_us(shape, dtype)
     for index, (name, (kernel, in_jit)) in enumerate(times.items()):
         row = {"shape": shape, "dtype": dtype, "layout": layout, "pass": name, "kernel_us": kernel, "in_jit_us": in_jit}
         row |= {"compile_s": compile_s, "temp_mb": temp_mb}
