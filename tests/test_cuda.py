@@ -179,6 +179,27 @@ def test_spans_agree_with_the_whole(batch: int, dim: int, length: int, reverse: 
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["bdl", "bld"])
+@pytest.mark.parametrize(
+    "batch, dim",
+    [
+        pytest.param(2, 60, id="blocks of 24 channels"),
+        pytest.param(16, 250, id="of 32"),
+        pytest.param(3, 1690, id="of 40"),
+        pytest.param(70, 190, id="two channels a lane"),
+        pytest.param(8, 1530, id="backward by blocks of 96"),
+    ],
+)
+def test_every_shape_of_block(batch: int, dim: int, layout: str) -> None:
+    """Sizes for which the plan (csrc/cuda/plan.cc) takes each of its kernels of 16 states; none fills its blocks."""
+    case = Case(
+        "blocks", batch=batch, dim=dim, length=34, dstate=16, layout=layout,
+        initial_state=True, last_state=True, **MAMBA,
+    )  # fmt: skip
+    check_case(case, "cuda")
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("delta_softplus", [False, True])
 @pytest.mark.parametrize(("batch", "dim", "length"), [(1, 64, 20_000), (3, 512, 40_000), (1, 2048, 65_536)])
 def test_a_long_sequence_is_its_halves(batch: int, dim: int, length: int, delta_softplus: bool) -> None:
