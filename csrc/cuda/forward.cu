@@ -19,7 +19,7 @@
 // Cost per (b, d, t, n): one exp2, two multiplies, two FMAs, and (with 4 states) 2.5 registers from
 // shared memory, 1.5 with two channels to a lane; a multiprocessor moves one such register of a
 // warp per cycle, which with the issue of instructions is what bounds this kernel. Per (b, d, t):
-// staging, about 50 instructions, and the sum over lanes (3 shuffles per 4 steps at 4 lanes).
+// staging, about 70 instructions, and the sum over lanes (3 shuffles per 4 steps at 4 lanes).
 #include "cuda/scan.h"
 #include "cuda/tile.cuh"
 
@@ -162,10 +162,10 @@ __global__ void __launch_bounds__(2 * kWalkers, kThreadsTogether / (2 * kWalkers
       const int tile = staged_tile - first_tile, group = staged_group;
       typename Sequences::Raw u{}, delta{}, z{};
       typename Projections::Raw B{}, C{};
-      auto take = [](const auto& tile, const auto* slots, auto& to, bool wanted) {
+      auto take = [](const auto& lines, const auto* slots, auto& to, bool wanted) {
         if (!wanted) return;
 #pragma unroll
-        for (int k = 0; k < tile.kCount; ++k) to.pair[k] = tile.Take(slots, k);
+        for (int k = 0; k < lines.kCount; ++k) to.pair[k] = lines.Take(slots, k);
       };
       WaitForCopies();
       take(sequences, shared.u, u, group == 0);

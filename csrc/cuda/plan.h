@@ -1,6 +1,6 @@
-// How a problem is cut up for the GPU, and what its kernels share in workspace. It depends on sizes
-// only, on no flag: the same plan is made where XLA is told of the workspace (Python, no GPU
-// needed, flags not known) and where kernels start.
+// How a problem is cut up for the GPU, and what its kernels share in workspace. The same plan is
+// made where XLA is told of the workspace (Python, no GPU needed) and where kernels start, so that
+// it may depend on sizes, layout and which operands vary, not on delta_softplus or reverse.
 #pragma once
 
 #include "ffi/scan.h"
