@@ -22,27 +22,33 @@
 namespace jax_sscan::gpu {
 namespace {
 
-constexpr int kThreads = 128;
+constexpr int kWalkers = 128, kStagers = 128, kThreads = kWalkers + kStagers;
 
 // 16 states at a time, on as few lanes as registers allow.
 template <typename Number>
 struct SpanShape {
   static constexpr int kStates = 4 / NumberTraits<Number>::kParts, kLanes = 16 / kStates;
-  static constexpr int kChannels = kThreads / kLanes, kGroup = kStates * kLanes;
+  static constexpr int kChannels = kWalkers / kLanes, kGroup = kStates * kLanes;
 };
 
 template <typename Number, Elements kElements, Layout kLayout>
 struct SpanShared : SpanShape<Number> {
   using SpanShape<Number>::kChannels, SpanShape<Number>::kGroup;
   static constexpr bool kPlain = kElements != Elements::kMixed;
-  using Sequences = Tile<kThreads, kChannels, 2, kElements, kLayout>;
-  using Projections = Tile<kThreads, kGroup * NumberTraits<Number>::kParts, 4, kElements, kLayout>;
+  using Sequences = Tile<kStagers, kChannels, 2, kElements, kLayout>;
+  using Projections = Tile<kStagers, kGroup * NumberTraits<Number>::kParts, 4, kElements, kLayout>;
   static constexpr int kRow = Projections::kRow / NumberTraits<Number>::kParts;
   static constexpr int kRows = kPlain || kTile > kChannels ? kTile : kChannels;
-  alignas(16) float2 steps[Sequences::kCells];  // delta, input
-  alignas(16) Number B[kRows * kRow];
+  // One is walked, the other staged.
+  alignas(16) float2 steps[2][Sequences::kCells];  // delta, input
+  alignas(16) Number B[2][kRows * kRow];
+  uint32_t restarts[2];
+  // What comes next, as it lies in memory.
+  typename Sequences::Slot delta[Sequences::kCount * kStagers];
+  typename Sequences::Slot input[Sequences::kCount * kStagers];
+  typename Sequences::Slot z[Sequences::kCount * kStagers];
+  typename Projections::Slot next_B[Projections::kCount * kStagers];
   float2 vectors[kChannels];  // D, delta_bias
-  uint32_t restarts;
 };
 
 template <typename Pass, typename Number, Elements kElements, Layout kLayout, bool kForgets>
@@ -59,141 +65,190 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int kRow = Shared::kRow, kParts = NumberTraits<Number>::kParts;
   extern __shared__ char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
-  Number* waiting = reinterpret_cast<Number*>(memory + sizeof(Shared)) + threadIdx.x;
-
   const Operands& o = p.operands;
   const Block block(p, plan);
   const bool reversed = p.reverse != kBackward;
-  const Sequences sequences(SequenceLines(p, block), reversed);
-  const Projections projections(ProjectionLines<kParts>(p, block), reversed);
   StageVectors<kThreads, kChannels>(p, block, shared.vectors);
   const Array& from_B = kBackward ? o.C : o.B;
   const bool varies = kPlain || (kBackward ? p.C_varies : p.B_varies);
-  const int lane = threadIdx.x % kLanes, channel = threadIdx.x / kLanes;
+  const int groups = plan.state_groups;
 
   // The span-th in the order of this pass; its tiles in that order.
   const int span = static_cast<int>(kBackward ? plan.spans - 1 - block.span : block.span);
   const int first_tile = span * plan.span_tiles;
   const int tiles =
       (first_tile + plan.span_tiles < plan.tiles ? plan.span_tiles : plan.tiles - first_tile);
-  auto rows_of = [&](int i) {
-    Rows rows(p, plan, first_tile + (kBackward ? tiles - 1 - i : i), p.reverse);
-    rows.reversed = reversed;
-    return rows;
-  };
-  // h: the state at the end of all tiles so far, or, from the end backwards, of the last one alone.
-  Number rate[kStates], h[kStates];
+
+  const int walker = static_cast<int>(threadIdx.x) - kStagers;
+  const int lane = walker % kLanes, channel = walker / kLanes;
+  Number rate[kStates];
   auto load_group = [&](int group) {
 #pragma unroll
     for (int i = 0; i < kStates; ++i)
       rate[i] =
           Rate(LoadWeight<Number>(o.A, p, block, channel, group * kGroup + lane * kStates + i));
   };
-#pragma unroll
-  for (int i = 0; i < kStates; ++i) h[i] = Number{};
-  if (plan.state_groups > 1)
-    for (int i = 0; i < plan.state_groups * kStates; ++i) waiting[i * kThreads] = Number{};
-  load_group(0);
-  float sum = 0.0f;
-  bool restarted = false;
-  [[maybe_unused]] Number total[kStates], weight[kStates];
+  if (walker >= 0) load_group(0);
   bool forgets = kForgets;
   if constexpr (kForgets) {
     bool grows = false;
+    if (walker >= 0)
+#pragma unroll
+      for (int i = 0; i < kStates; ++i) grows |= !(rate[i] <= 0.0f);
+    forgets = !MeetAny<kThreads>(grows);
+  } else {
+    Meet<kThreads>();
+  }
+
+  if (walker < 0) {
+    const Sequences sequences(SequenceLines(p, block), reversed);
+    const Projections projections(ProjectionLines<kParts>(p, block), reversed);
+    const bool has_z = kBackward && o.z.data != nullptr;
+    const Array& from_input = [&]() -> const Array& {
+      if constexpr (kBackward)
+        return p.out_cotangent;
+      else
+        return o.u;
+    }();
+    auto rows_of = [&](int i) {
+      if (forgets) i = tiles - 1 - i;
+      Rows rows(p, plan, first_tile + (kBackward ? tiles - 1 - i : i), p.reverse,
+                0 <= i && i < tiles);
+      rows.reversed = reversed;
+      return rows;
+    };
+    // What is sent for and staged next: tiles, and groups of states of them.
+    int sent_tile = 0, sent_group = 0, staged_tile = 0, staged_group = 0;
+    auto advance = [&](int& tile, int& group) {
+      if (++group == groups) group = 0, ++tile;
+    };
+    auto send = [&] {
+      const Rows rows = rows_of(sent_tile);
+      if (sent_group == 0) {
+        const int64_t at = sequences.At(rows);
+        sequences.Prefetch(o.delta, at, rows, shared.delta);
+        sequences.Prefetch(from_input, at, rows, shared.input);
+        sequences.Prefetch(o.z, at, rows, shared.z, 0, has_z);
+      }
+      const int line = sent_group * kGroup * kParts;
+      projections.Prefetch(from_B, projections.At(rows, line), rows, shared.next_B, line, varies);
+      SendCopies();
+      advance(sent_tile, sent_group);
+    };
+    // As in the forward kernel: what was sent for is in registers before the next is sent for.
+    auto stage = [&] {
+      const Rows rows = rows_of(staged_tile);
+      typename Sequences::Raw delta{}, input{}, z{};
+      typename Projections::Raw B{};
+      auto take = [](const auto& tile, const auto* slots, auto& to, bool wanted) {
+        if (!wanted) return;
+#pragma unroll
+        for (int k = 0; k < tile.kCount; ++k) to.pair[k] = tile.Take(slots, k);
+      };
+      WaitForCopies();
+      take(sequences, shared.delta, delta, staged_group == 0);
+      take(sequences, shared.input, input, staged_group == 0);
+      take(sequences, shared.z, z, staged_group == 0 && has_z);
+      take(projections, shared.next_B, B, varies);
+      send();
+      if (staged_group == 0) {
+        const int to = staged_tile & 1;
+#pragma unroll
+        for (int k = 0; k < Sequences::kCount; ++k) {
+          if (!sequences.Mine(k)) continue;
+          float2 value = sequences.Widen(delta.pair[k], o.delta);
+          value = {value.x + shared.vectors[sequences.LineOf(k, 0)].y,
+                   value.y + shared.vectors[sequences.LineOf(k, 1)].y};
+          if (p.delta_softplus)
+            value = {Softplus<kExact<kElements>>(value.x).value,
+                     Softplus<kExact<kElements>>(value.y).value};
+          // Steps that are not there have delta 0, whatever the bias.
+          if (!sequences.Exists(k, 0, rows)) value.x = 0.0f;
+          if (!sequences.Exists(k, 1, rows)) value.y = 0.0f;
+          float2 in = sequences.Widen(input.pair[k], from_input);
+          if constexpr (!kBackward) in = {in.x * value.x, in.y * value.y};
+          if (has_z) {
+            const float2 x = sequences.Widen(z.pair[k], o.z);
+            in = {in.x * x.x * Sigmoid<kExact<kElements>>(x.x),
+                  in.y * x.y * Sigmoid<kExact<kElements>>(x.y)};
+          }
+          // y = 2 Re sum C h for complex numbers: the walk sees its cotangent doubled.
+          if constexpr (kBackward) in = {in.x * kParts, in.y * kParts};
+          sequences.Put(shared.steps[to], k, {value.x, in.x}, {value.y, in.y});
+        }
+        if (!kPlain && p.has_segments && threadIdx.x < kWarp) {
+          const uint32_t restarts = Restarts(p, block.row, rows);
+          if (threadIdx.x == 0) shared.restarts[to] = restarts;
+        }
+      }
+      Number* const to = shared.B[(staged_tile * groups + staged_group) & 1];
+      if (varies) {
+#pragma unroll
+        for (int k = 0; k < Projections::kCount; ++k) {
+          const float2 x = projections.Widen(B.pair[k], from_B);
+          projections.Put(reinterpret_cast<float*>(to), k, x.x, x.y);
+        }
+      } else {
+        StageFixed<Number, kStagers, kChannels, kGroup, kRow>(p, block, from_B,
+                                                              staged_group * kGroup, to);
+      }
+      advance(staged_tile, staged_group);
+    };
+    send();
+    stage();
+    for (int i = 0; i < tiles * groups; ++i) {
+      if constexpr (kForgets) {
+        if (!MeetAny<kThreads>(false)) break;
+      } else {
+        Meet<kThreads>();
+      }
+      stage();
+    }
+    return;
+  }
+
+  // h: the state at the end of all tiles so far, or, from the end backwards, of the last one alone.
+  Number h[kStates];
+  // Only where there are several groups of states: (groups, kStates, walkers).
+  Number* waiting = reinterpret_cast<Number*>(memory + sizeof(Shared)) + walker;
+#pragma unroll
+  for (int i = 0; i < kStates; ++i) h[i] = Number{};
+  if (groups > 1)
+    for (int i = 0; i < groups * kStates; ++i) waiting[i * kWalkers] = Number{};
+  float sum = 0.0f;
+  bool restarted = false, remembers = true, done = false;
+  [[maybe_unused]] Number total[kStates], weight[kStates];
+  if constexpr (kForgets) {
 #pragma unroll
     for (int i = 0; i < kStates; ++i) {
       const bool exists = channel < block.channels && lane * kStates + i < p.dstate;
       weight[i] = exists ? 1.0f : 0.0f;
       total[i] = 0.0f;
-      grows |= !(rate[i] <= 0.0f);
     }
-    forgets = !__syncthreads_or(grows);
   }
-  auto tile_rows = [&](int i) { return rows_of(forgets ? tiles - 1 - i : i); };
-
-  typename Sequences::Raw input, delta, z;
-  typename Projections::Raw raw;
-  auto load_tile = [&](const Rows& rows) {
-    sequences.Load(o.delta, sequences.At(rows), rows, &delta);
-    if constexpr (kBackward) {
-      sequences.Load(p.out_cotangent, sequences.At(rows), rows, &input);
-      if (o.z.data) sequences.Load(o.z, sequences.At(rows), rows, &z);
-    } else {
-      sequences.Load(o.u, sequences.At(rows), rows, &input);
-    }
-  };
-  auto load_projection = [&](const Rows& rows, int group) {
-    if (!varies) return;
-    const int line = group * kGroup * kParts;
-    projections.Load(from_B, projections.At(rows, line), rows, &raw, line);
-  };
-  load_tile(tile_rows(0));
-  load_projection(tile_rows(0), 0);
-  __syncthreads();
-
-  for (int tile = 0; tile < tiles; ++tile) {
-    const Rows rows = tile_rows(tile);
-#pragma unroll
-    for (int k = 0; k < Sequences::kCount; ++k) {
-      if (!sequences.Mine(k)) continue;
-      float2 value = sequences.Widen(delta.pair[k], o.delta);
-      value = {value.x + shared.vectors[sequences.LineOf(k, 0)].y,
-               value.y + shared.vectors[sequences.LineOf(k, 1)].y};
-      if (p.delta_softplus)
-        value = {Softplus<kExact<kElements>>(value.x).value,
-                 Softplus<kExact<kElements>>(value.y).value};
-      if (!sequences.Exists(k, 0, rows)) value.x = 0.0f;
-      if (!sequences.Exists(k, 1, rows)) value.y = 0.0f;
-      float2 in;
-      if constexpr (kBackward) {
-        in = sequences.Widen(input.pair[k], p.out_cotangent);
-        if (o.z.data) {
-          const float2 x = sequences.Widen(z.pair[k], o.z);
-          in = {in.x * x.x * Sigmoid<kExact<kElements>>(x.x),
-                in.y * x.y * Sigmoid<kExact<kElements>>(x.y)};
-        }
-        // y = 2 Re sum C h for complex numbers: the walk sees its cotangent doubled.
-        in = {in.x * kParts, in.y * kParts};
-      } else {
-        in = sequences.Widen(input.pair[k], o.u);
-        in = {in.x * value.x, in.y * value.y};
-      }
-      sequences.Put(shared.steps, k, {value.x, in.x}, {value.y, in.y});
-    }
+  int turn = 0;  // of B's buffers
+  for (int tile = 0; tile < tiles && !done; ++tile) {
+    const float2* steps = shared.steps[tile & 1];
     uint32_t restarts = 0;
-    if (!kPlain && p.has_segments && threadIdx.x < kWarp) {
-      restarts = Restarts(p, block.row, rows);
-      if (threadIdx.x == 0) shared.restarts = restarts;
-    }
     float tile_sum = 0.0f;
-    for (int group = 0; group < plan.state_groups; ++group) {
-      if (group) __syncthreads();
-      if (varies) {
-#pragma unroll
-        for (int k = 0; k < Projections::kCount; ++k) {
-          const float2 x = projections.Widen(raw.pair[k], from_B);
-          projections.Put(reinterpret_cast<float*>(shared.B), k, x.x, x.y);
-        }
-      } else {
-        StageFixed<Number, kThreads, kChannels, kGroup, kRow>(p, block, from_B, group * kGroup,
-                                                              shared.B);
-      }
-      __syncthreads();
-      if (!kPlain && p.has_segments) restarts = shared.restarts;
-      if (group + 1 < plan.state_groups)
-        load_projection(rows, group + 1);
-      else if (tile + 1 < tiles)
-        load_tile(tile_rows(tile + 1)), load_projection(tile_rows(tile + 1), 0);
-      if (plan.state_groups > 1) {
+    for (int group = 0; group < groups; ++group, turn ^= 1) {
+      if (groups > 1) {
         load_group(group);
 #pragma unroll
-        for (int i = 0; i < kStates; ++i) h[i] = waiting[(group * kStates + i) * kThreads];
+        for (int i = 0; i < kStates; ++i) h[i] = waiting[(group * kStates + i) * kWalkers];
       }
-      const Number* at_B = shared.B + lane * kStates + (varies ? 0 : channel * kRow);
+      if constexpr (kForgets) {
+        done = !MeetAny<kThreads>(remembers);
+        if (done) break;
+      } else {
+        Meet<kThreads>();
+      }
+      if (!kPlain && p.has_segments) restarts = shared.restarts[tile & 1];
+      const Number* at_B = shared.B[turn] + lane * kStates + (varies ? 0 : channel * kRow);
       const int step_B = varies ? kRow : 0;
 #pragma unroll
       for (int i = 0; i < kTile; ++i) {
-        const float2 step = shared.steps[i * Sequences::kRow + channel];
+        const float2 step = steps[i * Sequences::kRow + channel];
         Number b[kStates];
         LoadStates(at_B + i * step_B, b);
         if (!group) tile_sum += step.x;
@@ -208,16 +263,16 @@ __global__ void __launch_bounds__(kThreads)
           if constexpr (!kPlain && kBackward) h[n] = Unless(restart, h[n]);
         }
       }
-      if (plan.state_groups > 1) {
+      if (groups > 1) {
 #pragma unroll
-        for (int i = 0; i < kStates; ++i) waiting[(group * kStates + i) * kThreads] = h[i];
+        for (int i = 0; i < kStates; ++i) waiting[(group * kStates + i) * kWalkers] = h[i];
       }
     }
     sum += tile_sum;
     restarted |= restarts != 0;
     if constexpr (kForgets) {
-      if (forgets) {
-        bool remembers = false;
+      if (forgets && !done) {
+        remembers = false;
 #pragma unroll
         for (int i = 0; i < kStates; ++i) {
           total[i] = fmaf(weight[i], h[i], total[i]);
@@ -226,11 +281,8 @@ __global__ void __launch_bounds__(kThreads)
           remembers |= !(weight[i] < FLT_MIN);
           h[i] = 0.0f;
         }
-        if (!__syncthreads_or(remembers)) break;
-        continue;
       }
     }
-    __syncthreads();
   }
   if (forgets) {
 #pragma unroll
@@ -239,11 +291,11 @@ __global__ void __launch_bounds__(kThreads)
 
   if (channel >= block.channels) return;
   const int64_t slot = block.span * p.batch + block.row;
-  for (int group = 0; group < plan.state_groups; ++group) {
+  for (int group = 0; group < groups; ++group) {
 #pragma unroll
     for (int i = 0; i < kStates; ++i) {
       const int64_t n = group * kGroup + lane * kStates + i;
-      if (plan.state_groups > 1) h[i] = waiting[(group * kStates + i) * kThreads];
+      if (groups > 1) h[i] = waiting[(group * kStates + i) * kWalkers];
       if (n < p.dstate) carry[TransposedIndex(p, block, slot, channel, n)] = h[i];
     }
   }
@@ -280,7 +332,7 @@ Error Launch(const Pass& p, Plan plan, const Array& first, Number* carry, float*
   constexpr int kStates = SpanShape<Number>::kStates, kChannels = SpanShape<Number>::kChannels;
   constexpr int kGroup = SpanShape<Number>::kGroup;
   plan.shape = {kStates, SpanShape<Number>::kLanes, 1};
-  plan.walkers = kThreads;
+  plan.walkers = kWalkers;
   plan.block_channels = kChannels;
   plan.blocks_per_group = static_cast<int>((p.group_dim() + kChannels - 1) / kChannels);
   plan.blocks = p.batch * p.groups * plan.blocks_per_group;
@@ -290,7 +342,7 @@ Error Launch(const Pass& p, Plan plan, const Array& first, Number* carry, float*
     constexpr Layout kLayout = decltype(layout)::value;
     const auto kernel = SpanKernel<Pass, Number, kElements, kLayout, decltype(forgets)::value>;
     int bytes = sizeof(SpanShared<Number, kElements, kLayout>);
-    if (plan.state_groups > 1) bytes += plan.state_groups * kStates * kThreads * sizeof(Number);
+    if (plan.state_groups > 1) bytes += plan.state_groups * kStates * kWalkers * sizeof(Number);
     if (const Error error = AllowSharedBytes(kernel, bytes); error != kSuccess) return error;
     kernel<<<static_cast<unsigned>(plan.blocks * (plan.spans - 1)), kThreads, bytes, stream>>>(
         p, plan, carry, sum_delta);

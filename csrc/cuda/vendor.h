@@ -68,6 +68,21 @@ __device__ inline void Meet() {
   asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
 }
 
+// Whether any of them says so.
+template <int kThreads>
+__device__ inline bool MeetAny(bool x) {
+  int any;
+  asm volatile(
+      "{ .reg .pred mine, one;\n"
+      "setp.ne.s32 mine, %1, 0;\n"
+      "bar.red.or.pred one, 1, %2, mine;\n"
+      "selp.s32 %0, 1, 0, one; }"
+      : "=r"(any)
+      : "r"(static_cast<int>(x)), "n"(kThreads)
+      : "memory");
+  return any;
+}
+
 // Copies kBytes (4, 8 or 16), or as many zeros, to shared memory without a register; there once
 // the same thread has called SendCopies and, as late as it can, WaitForCopies.
 template <int kBytes>
