@@ -8,21 +8,28 @@
 //     (over n) dA += x_t delta_t (over t)
 //
 // Work: a block takes one batch row, some channels of one group and one span, tile by tile from its
-// end. A channel's states lie on kLanes lanes, kStates on each, and a lane serves kPerLane adjacent
-// channels, which share the loads of B and C and half of the sums. For each tile: forward from the
-// saved state, every state kept in registers, then back. Between the steps of the way forward,
-// where few states are kept yet, the gradients of the tile before are finished; between those of
-// the second half of the way back, the next tile is staged.
+// end. kWalkers of its threads walk: a channel's states lie on kLanes lanes, kStates on each, and a
+// lane serves kPerLane adjacent channels, which share the loads of B and C and half of the sums.
+// For each tile: forward from the saved state, every state kept in registers, then back. kStagers
+// more make ready what the next tile needs (softplus, gate, B and C), and what the last one left
+// they finish: the gradients of elements, and the block's sums over channels. So walkers need few
+// enough registers for one more warp to a scheduler, and one kind's waits are the other's time.
+// All meet twice a tile: before the walk, and before its way back, which makes sums over channels
+// anew. Where a lane has too many states for that, kStagers is 0 and walkers stage and finish
+// between their steps: on the way forward, where few states are kept yet, they finish, and in the
+// second half of the way back they stage. More states than kStates * kLanes are taken in turn, tile
+// by tile, and wait in the workspace.
 //
-// Shared memory, twice, for the tile that is walked and for the one that is staged: delta, delta *
-// u and dy, B and C, and what the gradients of elements need; once: the sums over n, and each
-// warp's sums over channels. Sums across lanes halve what they sum with every shuffle. Which
+// Shared memory, twice, for the tile that is walked and for the one that is staged or finished:
+// delta, delta * u and dy, B and C, the sums over n, and what the gradients of elements need; once:
+// each warp's sums over channels. Sums across lanes halve what they sum with every shuffle. Which
 // register holds which state or channel depends on the lane, so that what a lane keeps always comes
 // first and needs no select. Nothing is added atomically: blocks write partial sums, and a second
 // kernel adds them in order.
 //
-// Cost per (b, d, t, n): two exp2, 13 multiplies and FMAs, about 4 instructions of sums, and 7
-// registers to and from shared memory (5 with 4 states and 2 channels to a lane).
+// Cost per (b, d, t, n): two exp2, 13 multiplies and FMAs, about 4 instructions of sums, and 5
+// registers to and from shared memory, 25 instructions in all with 2 states and 2 channels to a
+// lane. Per (b, d, t): staging and finishing, about 100 instructions.
 #include <type_traits>
 
 #include "cuda/scan.h"
@@ -33,19 +40,16 @@ namespace {
 
 __host__ __device__ constexpr int Log2(int x) { return x <= 1 ? 0 : 1 + Log2(x / 2); }
 
-// Threads to a multiprocessor: 384 leave each 168 registers, 256 leave it 255, which the history of
-// 8 states needs.
-template <int kStates, int kPerLane, int kThreads>
-constexpr int kMinBlocks = kThreads > 384 ? 1 : (kStates * kPerLane > 4 ? 256 : 384) / kThreads;
-
-template <typename Number, int kStates, int kLanes, int kPerLane, int kThreads, Elements kElements,
-          Layout kLayout>
+template <typename Number, int kStates, int kLanes, int kPerLane, int kWalkers, int kStagers,
+          bool kWaits, Elements kElements, Layout kLayout>
 struct BackwardShared {
-  static constexpr int kChannels = kThreads / kLanes * kPerLane, kGroup = kStates * kLanes;
+  static constexpr int kChannels = kWalkers / kLanes * kPerLane, kGroup = kStates * kLanes;
   static constexpr int kParts = NumberTraits<Number>::kParts;
   static constexpr bool kPlain = kElements != Elements::kMixed;
-  using Sequences = Tile<kThreads, kChannels, 2, kElements, kLayout>;
-  using Projections = Tile<kThreads, kGroup * kParts, 4, kElements, kLayout>;
+  // Those who stage come after those who walk, or are the same.
+  static constexpr int kStaging = kStagers ? kStagers : kWalkers, kFirst = kStagers ? kWalkers : 0;
+  using Sequences = Tile<kStaging, kChannels, 2, kElements, kLayout, kFirst>;
+  using Projections = Tile<kStaging, kGroup * kParts, 4, kElements, kLayout, kFirst>;
   static constexpr int kStep = Sequences::kRow, kRow = Projections::kRow / kParts;
   static constexpr int kRows = kPlain || kTile > kChannels ? kTile : kChannels;
   // 8 more, so that lanes that store different sums use different banks.
@@ -56,7 +60,7 @@ struct BackwardShared {
   // Lanes that read two copies use all banks: with 4 states, the first two lanes read copies 0
   // and 2.
   static constexpr int kCopy = kRows * kRow + (kStates == 4 ? 8 : 16);
-  static constexpr int kPairs = Sequences::kCount * kThreads;
+  static constexpr int kPairs = Sequences::kCount * kStaging;
   struct Staged {
     alignas(16) float2 steps[Sequences::kCells];  // delta, delta * u
     alignas(16) float dy[Sequences::kCells];
@@ -73,32 +77,39 @@ struct BackwardShared {
   // One is walked, the other staged.
   Staged sequences[2];
   StagedProjections projections[2];
-  // d(delta u), d(delta), y: sums over n. Then a cell for each thread that has nothing to store: a
-  // branch would keep steps apart.
-  alignas(16) float sums[3 * kSums + kThreads];
+  // d(delta u), d(delta), y: sums over n. Stagers finish one tile's while the next are made.
+  static constexpr int kBuffers = kStagers ? 2 : 1;
+  // Groups of states add to theirs in turn: where lanes hold the same sum, all but one have a cell
+  // of their own for it, since a branch would keep steps apart.
+  static constexpr int kAllSums = 3 * kSums + (kWaits ? kWalkers : 0);
+  alignas(16) float sums[kBuffers][kAllSums];
   // Each warp's sums over its channels: (dB, dC), state, part.
-  // The odd length of a row spreads the steps of a state over the banks.
-  alignas(16) float channel_sums[kThreads / kWarp][kTile][kGroup * 2 * kParts + 1];
-  float2 vectors[kChannels];  // D, delta_bias
-  // Each thread's sums of dD and d_bias. Where channels are last, its pairs are of the same
-  // channels; where time is last, a pair is of one channel and has a sum of each.
-  static constexpr int kVectorSums = kLayout == Layout::kChannelLast ? 1 : Sequences::kCount;
+  // The length of a row spreads what a warp adds up over the banks: the states of two steps, or
+  // eight steps of four states. Without stagers there is no room for that.
+  static constexpr int kSpread = !kStagers ? 1 : kLayout == Layout::kTimeLast ? 2 : 16;
+  alignas(16) float channel_sums[kWalkers / kWarp][kTile][kGroup * 2 * kParts + kSpread];
+  Vectors<kChannels> vectors;
+  // Each staging thread's sums of dD and d_bias. Where channels are last, pairs that are kAcross
+  // apart are of the same two; where time is last, a pair is of one channel.
+  static constexpr int kVectorSums =
+      kLayout == Layout::kChannelLast ? Sequences::kAcross : Sequences::kCount;
   using VectorSum = std::conditional_t<kLayout == Layout::kTimeLast, float2, float4>;
-  alignas(16) VectorSum vector_sums[kVectorSums * kThreads];
+  alignas(16) VectorSum vector_sums[kVectorSums * kStaging];
   // What comes next, as it lies in memory: u, delta, z, cotangent of out; B, C.
   typename Sequences::Slot next_sequences[4][kPairs];
-  typename Projections::Slot next_projections[2][Projections::kCount * kThreads];
+  typename Projections::Slot next_projections[2][Projections::kCount * kStaging];
 };
 
 __device__ inline void Split(float x, float* to) { to[0] = x; }
 __device__ inline void Split(Complex x, float* to) { to[0] = x.re, to[1] = x.im; }
 
-template <typename Number, int kStates, int kLanes, int kPerLane, int kThreads, Elements kElements,
-          Layout kLayout>
-__global__ void __launch_bounds__(kThreads, kMinBlocks<kStates, kPerLane, kThreads>)
+template <typename Number, int kStates, int kLanes, int kPerLane, int kWalkers, int kStagers,
+          bool kWaits, Elements kElements, Layout kLayout>
+__global__ void __launch_bounds__(kWalkers + kStagers, kWalkers == 128 ? 2 : 1)
     BackwardKernel(const __grid_constant__ Backward p, const __grid_constant__ Plan plan,
                    const __grid_constant__ BackwardWorkspace workspace) {
-  using Shared = BackwardShared<Number, kStates, kLanes, kPerLane, kThreads, kElements, kLayout>;
+  using Shared = BackwardShared<Number, kStates, kLanes, kPerLane, kWalkers, kStagers, kWaits,
+                                kElements, kLayout>;
   using Sequences = typename Shared::Sequences;
   using Projections = typename Shared::Projections;
   using Staged = typename Shared::Staged;
@@ -108,94 +119,26 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kStates, kPerLane, kThrea
   constexpr int kStep = Shared::kStep, kRow = Shared::kRow;
   extern __shared__ char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
-  // Only where there are several groups of states: (groups, kStates * kPerLane, threads) of each.
-  // 16 states or fewer are always one group.
-  const int groups = kPlain && kGroup <= 16 ? 1 : plan.state_groups;
-  const int waiting_count = groups * kStates * kPerLane * kThreads;
-  Number* waiting_adjoint = reinterpret_cast<Number*>(memory + sizeof(Shared)) + threadIdx.x;
-  Number* waiting_dA = waiting_adjoint + waiting_count;
-  Number* waiting_dB = waiting_dA + waiting_count;
-  Number* waiting_dC = waiting_dB + waiting_count;
+  const int groups = kWaits ? plan.state_groups : 1;
   const bool waits = groups > 1;
 
   const Operands& o = p.operands;
   const Block block(p, plan);
-  constexpr int kPairs = Sequences::kCount;
+  constexpr int kPairs = Sequences::kCount, kProjectionPairs = Projections::kCount;
   const Sequences sequences(SequenceLines(p, block), p.reverse);
   const Projections projections(ProjectionLines<kParts>(p, block), p.reverse);
-  StageVectors<kThreads, kChannels>(p, block, shared.vectors);
+  StageVectors<kWalkers + kStagers, kChannels>(p, block, shared.vectors);
   const bool B_varies = kPlain || p.B_varies, C_varies = kPlain || p.C_varies;
   const bool has_z = o.z.data != nullptr;
-  const int lane = threadIdx.x % kLanes;
-  // Lanes that differ in their channels, and how many of those bits serve to swap states.
-  constexpr int kAcross = kWarp / kLanes;
-  constexpr int kStateBits = Log2(kStates) < Log2(kAcross) ? Log2(kStates) : Log2(kAcross);
-  const int across = threadIdx.x % kWarp / kLanes;
-  int state_swap = 0;  // the first halving parts the states by their highest bit
-#pragma unroll
-  for (int bit = 0; bit < kStateBits; ++bit)
-    if (across >> bit & 1) state_swap |= kStates >> (bit + 1);
-  constexpr bool kSwapsChannels = kPerLane == 2 && kLanes > 1;
-  const int channel_swap = kSwapsChannels ? lane & 1 : 0;
-  auto channel_of = [&](int j) { return threadIdx.x / kLanes * kPerLane + (j ^ channel_swap); };
-  auto state_of = [&](int group, int i) {
-    return static_cast<int64_t>(group) * kGroup + lane * kStates + (i ^ state_swap);
-  };
-
   const int first_tile = static_cast<int>(block.span) * plan.span_tiles;
   const int last_tile =
       first_tile + plan.span_tiles < plan.tiles ? first_tile + plan.span_tiles : plan.tiles;
   char* const base = static_cast<char*>(p.workspace.data);
 
-  // Of a lane's states and channels. A fixed B or C has its gradient summed over time here.
-  Number rate[kStates][kPerLane], adjoint[kStates][kPerLane], dA[kStates][kPerLane];
-  [[maybe_unused]] Number dB[kStates][kPerLane], dC[kStates][kPerLane];
-  auto each = [&](auto body) {
-#pragma unroll
-    for (int i = 0; i < kStates; ++i)
-#pragma unroll
-      for (int j = 0; j < kPerLane; ++j) body(i, j);
-  };
-  auto load_group = [&](int group) {
-    each([&](int i, int j) {
-      rate[i][j] = Rate(LoadWeight<Number>(o.A, p, block, channel_of(j), state_of(group, i)));
-    });
-  };
-  // The lane's place among the threads is part of the pointers.
-  auto place_of = [&](int group, int i, int j) {
-    return ((group * kStates + i) * kPerLane + j) * kThreads;
-  };
-  for (int group = 0; group < groups; ++group) {
-    each([&](int i, int j) {
-      const int64_t n = state_of(group, i);
-      const int channel = channel_of(j);
-      Number x{};
-      if (channel < block.channels && n < p.dstate) {
-        if (block.span < plan.spans - 1)
-          x = reinterpret_cast<const Number*>(base + workspace.carry)[TransposedIndex(
-              p, block, (plan.spans - 2 - block.span) * p.batch + block.row, channel, n)];
-        else if (p.last_state_cotangent.data)
-          x = static_cast<const Number*>(
-              p.last_state_cotangent.data)[StateIndex(p, block, channel, n)];
-      }
-      adjoint[i][j] = x;
-      dA[i][j] = Number{};
-      if constexpr (!kPlain) dB[i][j] = dC[i][j] = Number{};
-      if (waits) {
-        const int place = place_of(group, i, j);
-        waiting_adjoint[place] = x;
-        waiting_dA[place] = Number{};
-        if constexpr (!kPlain) waiting_dB[place] = waiting_dC[place] = Number{};
-      }
-    });
-  }
-  load_group(0);
-
   auto rows_of = [&](int tile) {
     return Rows(p, plan, tile, p.reverse, first_tile <= tile && tile < last_tile);
   };
   int64_t next_sequences = sequences.At(rows_of(last_tile - 1));
-  int64_t finished = next_sequences + sequences.Stride();
   auto load_sequences = [&](const Rows& rows) {
     sequences.Prefetch(o.u, next_sequences, rows, shared.next_sequences[0]);
     sequences.Prefetch(o.delta, next_sequences, rows, shared.next_sequences[1]);
@@ -213,19 +156,33 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kStates, kPerLane, kThrea
     next_projections -= projections.Stride();
   };
   // No branches in what follows: they would keep steps and staging apart.
-  auto stage_sequences = [&](const Rows& rows, int k, Staged& to) {
+  struct Pair {
+    uint2 u, delta, z, out_cotangent;
+  };
+  auto take_sequences = [&](int k) {
+    auto take = [&](int i) { return sequences.Take(shared.next_sequences[i], k); };
+    return Pair{take(0), take(1), take(2), take(3)};
+  };
+  struct ProjectionPair {
+    uint2 B, C;
+  };
+  auto take_projections = [&](int k) {
+    auto take = [&](int i) { return projections.Take(shared.next_projections[i], k); };
+    return ProjectionPair{take(0), take(1)};
+  };
+  auto stage_sequences = [&](const Rows& rows, int k, const Pair& pair, Staged& to) {
     if (!sequences.Mine(k)) return;
-    const float2 input = sequences.Widen(sequences.Take(shared.next_sequences[0], k), o.u);
-    float2 dy = sequences.Widen(sequences.Take(shared.next_sequences[3], k), p.out_cotangent);
-    const float2 x = sequences.Widen(sequences.Take(shared.next_sequences[2], k), o.z);
+    const float2 input = sequences.Widen(pair.u, o.u);
+    float2 dy = sequences.Widen(pair.out_cotangent, p.out_cotangent);
+    const float2 x = sequences.Widen(pair.z, o.z);
     const float2 sigmoid{Sigmoid<kExact<kElements>>(x.x), Sigmoid<kExact<kElements>>(x.y)};
     // The derivative of silu.
     const float2 d_gate{dy.x * (sigmoid.x * fmaf(x.x, 1.0f - sigmoid.x, 1.0f)),
                         dy.y * (sigmoid.y * fmaf(x.y, 1.0f - sigmoid.y, 1.0f))};
     dy = {has_z ? dy.x * (x.x * sigmoid.x) : dy.x, has_z ? dy.y * (x.y * sigmoid.y) : dy.y};
-    float2 delta = sequences.Widen(sequences.Take(shared.next_sequences[1], k), o.delta);
-    delta = {delta.x + shared.vectors[sequences.LineOf(k, 0)].y,
-             delta.y + shared.vectors[sequences.LineOf(k, 1)].y};
+    float2 delta = sequences.Widen(pair.delta, o.delta);
+    const float2 bias = sequences.OfLines(shared.vectors.delta_bias, k);
+    delta = {delta.x + bias.x, delta.y + bias.y};
     const Softplus<kExact<kElements>> first(delta.x), second(delta.y);
     delta = p.delta_softplus ? float2{first.value, second.value} : delta;
     float2 slope = p.delta_softplus ? float2{first.slope, second.slope} : float2{1.0f, 1.0f};
@@ -236,13 +193,13 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kStates, kPerLane, kThrea
     sequences.Put(to.steps, k, {delta.x, delta.x * input.x}, {delta.y, delta.y * input.y});
     // y = 2 Re sum C h for complex numbers: the walk sees its cotangent doubled.
     sequences.Put(to.dy, k, dy.x * kParts, dy.y * kParts);
-    const int place = k * kThreads + threadIdx.x;
+    const int place = sequences.Index(k);
     to.inputs[place] = {input.x, input.y, slope.x, slope.y};
     to.gates[place] = d_gate;
   };
-  auto stage_varying = [&](int k, StagedProjections& to) {
-    auto stage = [&](const Array& from, const typename Projections::Slot* slots, Number* at) {
-      const float2 x = projections.Widen(projections.Take(slots, k), from);
+  auto stage_varying = [&](int k, const ProjectionPair& pair, StagedProjections& to) {
+    auto stage = [&](const Array& from, uint2 raw, Number* at) {
+      const float2 x = projections.Widen(raw, from);
       if constexpr (kPlain) {
         if (!projections.Mine(k)) return;
         const int first = projections.LineOf(k, 0), second = projections.LineOf(k, 1);
@@ -255,59 +212,28 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kStates, kPerLane, kThrea
         projections.Put(reinterpret_cast<float*>(at), k, x.x, x.y);
       }
     };
-    if (B_varies) stage(o.B, shared.next_projections[0], to.B);
-    if (C_varies) stage(o.C, shared.next_projections[1], to.C);
+    if (B_varies) stage(o.B, pair.B, to.B);
+    if (C_varies) stage(o.C, pair.C, to.C);
   };
   auto stage_fixed = [&](int group, StagedProjections& to) {
     auto stage = [&](const Array& from, Number* at) {
-      StageFixed<Number, kThreads, kChannels, kGroup, kRow>(p, block, from, group * kGroup, at);
+      StageFixed<Number, Shared::kStaging, kChannels, kGroup, kRow, Shared::kFirst>(
+          p, block, from, group * kGroup, at);
     };
     if (!B_varies) stage(o.B, to.B);
     if (!C_varies) stage(o.C, to.C);
   };
   auto stage_restarts = [&](const Rows& rows, Staged& to) {
-    if (kPlain || !p.has_segments || threadIdx.x >= kWarp) return;
+    if (kPlain || !p.has_segments || sequences.Index(0) >= kWarp) return;
     const uint32_t restarts = Restarts(p, block.row, rows);
-    if (threadIdx.x == 0) to.restarts = restarts;
-  };
-  auto* const vector_sums = shared.vector_sums + threadIdx.x;
-  auto finish = [&](const Rows& rows, int k, const Staged& from) {
-    if (!sequences.Mine(k)) return;
-    const int place = k * kThreads + threadIdx.x;
-    const float2 D{shared.vectors[sequences.LineOf(k, 0)].x,
-                   shared.vectors[sequences.LineOf(k, 1)].x};
-    const float4 inputs = from.inputs[place];
-    const float2 input{inputs.x, inputs.y}, slope{inputs.z, inputs.w}, d_gate = from.gates[place];
-    const float2 delta{from.steps[sequences.Cell(k, 0)].x, from.steps[sequences.Cell(k, 1)].x};
-    float2 dy = sequences.Get(from.dy, k);
-    dy = {dy.x * (1.0f / kParts), dy.y * (1.0f / kParts)};
-    const float2 d_input = sequences.Get(shared.sums, k),
-                 y = sequences.Get(shared.sums + 2 * Shared::kSums, k);
-    float2 d_delta = sequences.Get(shared.sums + Shared::kSums, k);
-    sequences.Store(p.cotangents.u, finished, rows, k, fmaf(d_input.x, delta.x, D.x * dy.x),
-                    fmaf(d_input.y, delta.y, D.y * dy.y));
-    d_delta = {fmaf(d_input.x, input.x, d_delta.x * kRateUnit) * slope.x,
-               fmaf(d_input.y, input.y, d_delta.y * kRateUnit) * slope.y};
-    sequences.Store(p.cotangents.delta, finished, rows, k, d_delta.x, d_delta.y);
-    sequences.Store(p.cotangents.z, finished, rows, k, d_gate.x * fmaf(kParts, y.x, D.x * input.x),
-                    d_gate.y * fmaf(kParts, y.y, D.y * input.y), has_z);
-    // Nothing was walked yet before the first tile.
-    const bool exists = rows.steps > 0;
-    auto& at = vector_sums[k % Shared::kVectorSums * kThreads];
-    const auto sum = at;
-    if constexpr (kLayout == Layout::kTimeLast)
-      at = {exists ? fmaf(dy.x, input.x, fmaf(dy.y, input.y, sum.x)) : 0.0f,
-            exists ? sum.y + (d_delta.x + d_delta.y) : 0.0f};
-    else
-      at = {exists ? fmaf(dy.x, input.x, sum.x) : 0.0f, exists ? fmaf(dy.y, input.y, sum.y) : 0.0f,
-            exists ? sum.z + d_delta.x : 0.0f, exists ? sum.w + d_delta.y : 0.0f};
+    if (sequences.Index(0) == 0) to.restarts = restarts;
   };
   // The block's sums over channels, into its own part of the workspace.
   auto finish_projections = [&](const Rows& rows, int group) {
     constexpr int kSums = kTile * kGroup;
 #pragma unroll
-    for (int i0 = 0; i0 < kSums; i0 += kThreads) {
-      const int i = i0 + threadIdx.x;
+    for (int i0 = 0; i0 < kSums; i0 += Shared::kStaging) {
+      const int i = i0 + static_cast<int>(threadIdx.x) - Shared::kFirst;
       const int offset = p.channel_last ? i / kGroup : i % kTile;
       const int n = p.channel_last ? i % kGroup : i / kTile;
       if (i >= kSums || offset >= rows.steps || group * kGroup + n >= p.dstate) continue;
@@ -318,7 +244,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kStates, kPerLane, kThrea
                          (p.channel_last ? t * p.dstate + state : state * p.length + t);
       float sums[2][kParts] = {};
 #pragma unroll
-      for (int warp = 0; warp < kThreads / kWarp; ++warp)
+      for (int warp = 0; warp < kWalkers / kWarp; ++warp)
 #pragma unroll
         for (int k = 0; k < 2 * kParts; ++k)
           sums[k / kParts][k % kParts] +=
@@ -333,6 +259,221 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kStates, kPerLane, kThrea
       }
     }
   };
+  int64_t finished = sequences.At(rows_of(last_tile - 1)) + sequences.Stride();
+  auto* const vector_sums = shared.vector_sums + sequences.Index(0);
+  auto finish = [&](const Rows& rows, int k, const Staged& from, const float* sums) {
+    if (!sequences.Mine(k)) return;
+    const int place = sequences.Index(k);
+    const float2 D = sequences.OfLines(shared.vectors.D, k);
+    const float4 inputs = from.inputs[place];
+    const float2 input{inputs.x, inputs.y}, slope{inputs.z, inputs.w}, d_gate = from.gates[place];
+    const float2 delta{from.steps[sequences.Cell(k, 0)].x, from.steps[sequences.Cell(k, 1)].x};
+    float2 dy = sequences.Get(from.dy, k);
+    dy = {dy.x * (1.0f / kParts), dy.y * (1.0f / kParts)};
+    const float2 d_input = sequences.Get(sums, k), y = sequences.Get(sums + 2 * Shared::kSums, k);
+    float2 d_delta = sequences.Get(sums + Shared::kSums, k);
+    sequences.Store(p.cotangents.u, finished, rows, k, fmaf(d_input.x, delta.x, D.x * dy.x),
+                    fmaf(d_input.y, delta.y, D.y * dy.y));
+    d_delta = {fmaf(d_input.x, input.x, d_delta.x * kRateUnit) * slope.x,
+               fmaf(d_input.y, input.y, d_delta.y * kRateUnit) * slope.y};
+    sequences.Store(p.cotangents.delta, finished, rows, k, d_delta.x, d_delta.y);
+    sequences.Store(p.cotangents.z, finished, rows, k, d_gate.x * fmaf(kParts, y.x, D.x * input.x),
+                    d_gate.y * fmaf(kParts, y.y, D.y * input.y), has_z);
+    // Nothing was walked yet before the first tile.
+    const bool exists = rows.steps > 0;
+    auto& at = vector_sums[k % Shared::kVectorSums * Shared::kStaging];
+    const auto sum = at;
+    if constexpr (kLayout == Layout::kTimeLast)
+      at = {exists ? fmaf(dy.x, input.x, fmaf(dy.y, input.y, sum.x)) : 0.0f,
+            exists ? sum.y + (d_delta.x + d_delta.y) : 0.0f};
+    else
+      at = {exists ? fmaf(dy.x, input.x, sum.x) : 0.0f, exists ? fmaf(dy.y, input.y, sum.y) : 0.0f,
+            exists ? sum.z + d_delta.x : 0.0f, exists ? sum.w + d_delta.y : 0.0f};
+  };
+  const int64_t slot = block.span * p.batch + block.row;
+  auto finish_vectors = [&] {
+    // Each channel's sums of dD and d_bias: every thread writes its own, then one thread per
+    // channel adds those of its channel in the order of the steps.
+    Meet<Shared::kStaging, 3>();
+    float* sum_D = shared.sums[0];
+    float* sum_bias = shared.sums[0] + Shared::kSums;
+#pragma unroll
+    for (int k = 0; k < kPairs; ++k) {
+      typename Shared::VectorSum sum{};
+      if (k < Shared::kVectorSums) sum = vector_sums[k * Shared::kStaging];
+      if constexpr (kLayout == Layout::kTimeLast) {
+        sequences.Put(sum_D, k, sum.x, 0.0f);
+        sequences.Put(sum_bias, k, sum.y, 0.0f);
+      } else {
+        sequences.Put(sum_D, k, sum.x, sum.y);
+        sequences.Put(sum_bias, k, sum.z, sum.w);
+      }
+    }
+    Meet<Shared::kStaging, 3>();
+    for (int channel = sequences.Index(0); channel < block.channels; channel += Shared::kStaging) {
+      float D = 0.0f, bias = 0.0f;
+#pragma unroll
+      for (int t = 0; t < kTile; ++t) {
+        D += sum_D[t * kStep + channel];
+        bias += sum_bias[t * kStep + channel];
+      }
+      const int64_t to = slot * p.dim + block.first_channel + channel;
+      reinterpret_cast<float*>(base + workspace.dD)[to] = D;
+      reinterpret_cast<float*>(base + workspace.d_bias)[to] = bias;
+    }
+  };
+  if (static_cast<int>(threadIdx.x) >= Shared::kFirst) {
+    load_sequences(rows_of(last_tile - 1));
+    load_projections(rows_of(last_tile - 1), 0);
+  }
+  __syncthreads();
+
+  if constexpr (kStagers > 0) {
+    if (threadIdx.x >= kWalkers) {
+      int parity = 0, turn = 0;  // of the sequences and projections that are staged
+      auto stage = [&](int tile, int group) {
+        const bool last_group = group + 1 == groups;
+        const Rows rows = rows_of(tile), next = rows_of(last_group ? tile - 1 : tile);
+        // The last pairs wait in registers, so that the next tile can be sent for before they are
+        // staged.
+        constexpr int kHeld = kPairs > 1 ? kPairs / 2 : 1;
+        Pair held[kHeld];
+        ProjectionPair held_projections[kProjectionPairs];
+        WaitForCopies();
+        if (group == 0) {
+#pragma unroll
+          for (int k = 0; k < kPairs - kHeld; ++k)
+            stage_sequences(rows, k, take_sequences(k), shared.sequences[parity]);
+#pragma unroll
+          for (int k = 0; k < kHeld; ++k) held[k] = take_sequences(kPairs - kHeld + k);
+        }
+#pragma unroll
+        for (int k = 0; k < kProjectionPairs; ++k) held_projections[k] = take_projections(k);
+        if (last_group) load_sequences(next);
+        load_projections(next, last_group ? 0 : group + 1);
+#pragma unroll
+        for (int k = 0; k < kProjectionPairs; ++k)
+          stage_varying(k, held_projections[k], shared.projections[turn]);
+        if (group == 0) {
+#pragma unroll
+          for (int k = 0; k < kHeld; ++k)
+            stage_sequences(rows, kPairs - kHeld + k, held[k], shared.sequences[parity]);
+          stage_restarts(rows, shared.sequences[parity]);
+        }
+        if (!kPlain) stage_fixed(group, shared.projections[turn]);
+        turn ^= 1;
+      };
+      // The tile before, whose buffers are next to be filled.
+      auto finish_pairs = [&](const Rows& rows, int first, int last) {
+#pragma unroll
+        for (int k = 0; k < kPairs; ++k)
+          if (first <= k && k < last)
+            finish(rows, k, shared.sequences[parity ^ 1], shared.sums[parity ^ 1]);
+      };
+      for (int tile = last_tile - 1; tile >= first_tile; --tile, parity ^= 1) {
+        for (int group = 0; group < groups; ++group) {
+          stage(tile, group);
+          Meet<kWalkers + kStagers>();
+          // The walk that has begun needs the place of the last one's sums over channels for its
+          // way back. A third of the rest is what there is time for until then.
+          const Rows previous = rows_of(tile + 1);
+          finish_projections(group ? rows_of(tile) : previous, group ? group - 1 : groups - 1);
+          if (group == 0) finish_pairs(previous, 0, kPairs / 3);
+          Meet<kWalkers + kStagers, 2>();
+          if (group > 0) continue;
+          finish_pairs(previous, kPairs / 3, kPairs);
+          finished -= sequences.Stride();
+        }
+      }
+      Meet<kWalkers + kStagers>();
+      finish_projections(rows_of(first_tile), groups - 1);
+      finish_pairs(rows_of(first_tile), 0, kPairs);
+      finish_vectors();
+      return;
+    }
+  }
+
+  const int walker = LanePlace(threadIdx.x), lane = walker % kLanes;
+  // Lanes that differ in their channels, and how many of those bits serve to swap states.
+  constexpr int kAcross = kWarp / kLanes;
+  constexpr int kStateBits = Log2(kStates) < Log2(kAcross) ? Log2(kStates) : Log2(kAcross);
+  const int across = walker % kWarp / kLanes;
+  int state_swap = 0;  // the first halving parts the states by their highest bit
+#pragma unroll
+  for (int bit = 0; bit < kStateBits; ++bit)
+    if (across >> bit & 1) state_swap |= kStates >> (bit + 1);
+  constexpr bool kSwapsChannels = kPerLane == 2 && kLanes > 1;
+  const int channel_swap = kSwapsChannels ? lane & 1 : 0;
+  // Bits of a lane's place by which the sums over states part: d_input from d_delta, those from y.
+  constexpr int kSecond = kSwapsChannels ? 2 : 1, kThird = 2 * kSecond;
+  static_assert(kSecond < kLanes);
+  const bool second = lane & kSecond, third = kThird < kLanes && lane & kThird;
+  // Where this lane's sum of the first row goes. Other lanes may hold the same.
+  float* const sums_of_lane = shared.sums[0] +
+                              (third ? 2 : static_cast<int>(second)) * Shared::kSums +
+                              walker / kLanes * kPerLane + channel_swap;
+  [[maybe_unused]] const bool adds = !(second && third) && lane < 2 * kThird;
+  auto channel_of = [&](int j) { return walker / kLanes * kPerLane + (j ^ channel_swap); };
+  auto state_of = [&](int group, int i) {
+    return static_cast<int64_t>(group) * kGroup + lane * kStates + (i ^ state_swap);
+  };
+
+  // Of a lane's states and channels. A fixed B or C has its gradient summed over time here.
+  Number rate[kStates][kPerLane] = {}, adjoint[kStates][kPerLane] = {}, dA[kStates][kPerLane] = {};
+  [[maybe_unused]] Number dB[kStates][kPerLane] = {}, dC[kStates][kPerLane] = {};
+  auto each = [&](auto body) {
+#pragma unroll
+    for (int i = 0; i < kStates; ++i)
+#pragma unroll
+      for (int j = 0; j < kPerLane; ++j) body(i, j);
+  };
+  // What groups of states have come to while they wait their turn: (blocks, groups, kArrays,
+  // kStates
+  // * kPerLane, walkers).
+  enum { kRate, kAdjoint, kDA, kDB, kDC, kArrays };
+  static_assert(kArrays == BackwardWorkspace::kWaitingArrays);
+  [[maybe_unused]] Number* const waiting =
+      reinterpret_cast<Number*>(base + workspace.waiting) +
+      blockIdx.x * int64_t{groups} * (kArrays * kStates * kPerLane * kWalkers) + walker;
+  [[maybe_unused]] auto waiting_of = [&](int group, int array, int i, int j) -> Number& {
+    return waiting[(((group * kArrays + array) * kStates + i) * kPerLane + j) * kWalkers];
+  };
+  auto keep = [&](int group) {
+    each([&](int i, int j) {
+      waiting_of(group, kAdjoint, i, j) = adjoint[i][j];
+      waiting_of(group, kDA, i, j) = dA[i][j];
+      if constexpr (!kPlain) {
+        waiting_of(group, kDB, i, j) = dB[i][j];
+        waiting_of(group, kDC, i, j) = dC[i][j];
+      }
+    });
+  };
+  for (int group = 0; group < groups; ++group) {
+    each([&](int i, int j) {
+      const int64_t n = state_of(group, i);
+      const int channel = channel_of(j);
+      Number x{};
+      if (channel < block.channels && n < p.dstate) {
+        if (block.span < plan.spans - 1)
+          x = reinterpret_cast<const Number*>(base + workspace.carry)[TransposedIndex(
+              p, block, (plan.spans - 2 - block.span) * p.batch + block.row, channel, n)];
+        else if (p.last_state_cotangent.data)
+          x = static_cast<const Number*>(
+              p.last_state_cotangent.data)[StateIndex(p, block, channel, n)];
+      }
+      adjoint[i][j] = x;
+      dA[i][j] = Number{};
+      if constexpr (!kPlain) dB[i][j] = dC[i][j] = Number{};
+    });
+    each([&](int i, int j) {
+      rate[i][j] = Rate(LoadWeight<Number>(o.A, p, block, channel_of(j), state_of(group, i)));
+    });
+    if (waits) {
+      each([&](int i, int j) { waiting_of(group, kRate, i, j) = rate[i][j]; });
+      keep(group);
+    }
+  }
+
   // The states on entering a tile, saved by the forward pass.
   Number entering[kStates][kPerLane];
   const int64_t states_stride = (p.reverse ? -p.dstate : p.dstate) * p.dim;  // of a tile
@@ -340,7 +481,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kStates, kPerLane, kThrea
                          TransposedIndex(p, block,
                                          block.row * (plan.tiles - 1) +
                                              (p.reverse ? plan.tiles - last_tile : last_tile - 2),
-                                         threadIdx.x / kLanes * kPerLane, lane * kStates);
+                                         walker / kLanes * kPerLane, lane * kStates);
   auto load_states = [&](int tile, int group) {
     each([&](int i, int j) {
       const bool exists =
@@ -361,24 +502,27 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kStates, kPerLane, kThrea
     });
   };
 
-  constexpr int kProjectionPairs = Projections::kCount;
-  load_sequences(rows_of(last_tile - 1));
-  load_projections(rows_of(last_tile - 1), 0);
   load_states(last_tile - 1, 0);
-  WaitForCopies();
-  __syncthreads();
+  if constexpr (!kStagers) {
+    WaitForCopies();
+    Staged& to = shared.sequences[0];
 #pragma unroll
-  for (int k = 0; k < kPairs; ++k) stage_sequences(rows_of(last_tile - 1), k, shared.sequences[0]);
+    for (int k = 0; k < kPairs; ++k)
+      stage_sequences(rows_of(last_tile - 1), k, take_sequences(k), to);
 #pragma unroll
-  for (int k = 0; k < kProjectionPairs; ++k) stage_varying(k, shared.projections[0]);
-  stage_fixed(0, shared.projections[0]);
-  stage_restarts(rows_of(last_tile - 1), shared.sequences[0]);
+    for (int k = 0; k < kProjectionPairs; ++k)
+      stage_varying(k, take_projections(k), shared.projections[0]);
+    stage_fixed(0, shared.projections[0]);
+    stage_restarts(rows_of(last_tile - 1), to);
+  }
 
-  int turn = 0;  // of the projections' buffers
-  for (int tile = last_tile - 1; tile >= first_tile; --tile) {
+  int parity = 0, turn = 0;  // of the sequences and projections that are walked
+  for (int tile = last_tile - 1; tile >= first_tile; --tile, parity ^= 1) {
     const Rows previous = rows_of(tile + 1), rows = rows_of(tile), next = rows_of(tile - 1);
-    Staged& staged = shared.sequences[(last_tile - 1 - tile) & 1];
-    Staged& staging = shared.sequences[(last_tile - tile) & 1];
+    const Staged& staged = shared.sequences[parity];
+    Staged& staging = shared.sequences[parity ^ 1];
+    float* const to_sums = sums_of_lane + (kStagers ? parity * Shared::kAllSums : 0);
+    [[maybe_unused]] float* const sums_of_tile = shared.sums[kStagers ? parity : 0];
     for (int group = 0; group < groups; ++group, turn ^= 1) {
       const bool last_group = group + 1 == groups;
       const int next_group = last_group ? 0 : group + 1;
@@ -388,26 +532,31 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kStates, kPerLane, kThrea
       Number history[kTile + 1][kStates][kPerLane];
       each([&](int i, int j) { history[0][i][j] = entering[i][j]; });
       if (waits) {
-        load_group(group);
         each([&](int i, int j) {
-          const int place = place_of(group, i, j);
-          adjoint[i][j] = waiting_adjoint[place];
-          dA[i][j] = waiting_dA[place];
-          if constexpr (!kPlain) dB[i][j] = waiting_dB[place], dC[i][j] = waiting_dC[place];
+          rate[i][j] = waiting_of(group, kRate, i, j);
+          adjoint[i][j] = waiting_of(group, kAdjoint, i, j);
+          dA[i][j] = waiting_of(group, kDA, i, j);
+          if constexpr (!kPlain) {
+            dB[i][j] = waiting_of(group, kDB, i, j);
+            dC[i][j] = waiting_of(group, kDC, i, j);
+          }
         });
       }
       // What was staged is there, and so are all sums of the walk before; everyone is done with
       // what lay where now is staged.
-      __syncthreads();
-      // Loaded here, staged in the second half of the walk back.
-      if (last_group) load_sequences(next);
-      load_projections(last_group ? next : rows, next_group);
+      Meet<kWalkers + kStagers>();
+      if constexpr (!kStagers) {
+        // Loaded here, staged in the second half of the walk back.
+        if (last_group) load_sequences(next);
+        load_projections(last_group ? next : rows, next_group);
+      }
       const uint32_t restarts = !kPlain && p.has_segments ? staged.restarts : 0;
-      if (!kPlain) {
+      if (!kPlain && !kStagers) {
         stage_fixed(next_group, staging_projections);
         if (last_group) stage_restarts(next, staging);
       }
-      finish_projections(group ? rows : previous, group ? group - 1 : groups - 1);
+      if constexpr (!kStagers)
+        finish_projections(group ? rows : previous, group ? group - 1 : groups - 1);
 
       // B or C of a row, for a lane's states and channels; a fixed one differs between channels.
       auto load = [&](const Number* from, bool varies, int row, Number(&to)[kStates][kPerLane]) {
@@ -431,7 +580,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kStates, kPerLane, kThrea
         for (int j = 0; j < kPerLane; ++j) step[j] = staged.steps[t * kStep + channel_of(j)];
         Number b[kStates][kPerLane];
         load(staged_projections.B, B_varies, t, b);
-        if (t % 2 && t / 2 < kPairs && !group) finish(previous, t / 2, staging);
+        if constexpr (!kStagers)
+          if (t % 2 && t / 2 < kPairs && !group) finish(previous, t / 2, staging, shared.sums[0]);
         each([&](int i, int j) {
           Number h = history[t][i][j];
           if constexpr (!kPlain) h = Unless(restarts & 1u << t, h);
@@ -460,67 +610,59 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kStates, kPerLane, kThrea
 #pragma unroll
           for (int i = 0; i < kHeld; ++i) {
             const int value = first + i, n = lane * kStates + value / (2 * kParts);
-            shared.channel_sums[threadIdx.x / kWarp][t][(value / kParts % 2 * kGroup + n) * kParts +
-                                                        value % kParts] = values[i];
+            shared.channel_sums[walker / kWarp][t][(value / kParts % 2 * kGroup + n) * kParts +
+                                                   value % kParts] = values[i];
           }
         }
 
         // Over states: first the channels part, then d_input and d_delta, then those and y.
-        int bit = 1, channel = 0;
         if constexpr (kSwapsChannels) {
-          partial.d_input[0] += ShuffleXor(partial.d_input[kPerLane - 1], 1);
-          partial.d_delta[0] += ShuffleXor(partial.d_delta[kPerLane - 1], 1);
-          partial.y[0] += ShuffleXor(partial.y[kPerLane - 1], 1);
-          bit = 2;
-          channel = channel_swap;
+          partial.d_input[0] += ExchangePlaces(partial.d_input[kPerLane - 1], 1);
+          partial.d_delta[0] += ExchangePlaces(partial.d_delta[kPerLane - 1], 1);
+          partial.y[0] += ExchangePlaces(partial.y[kPerLane - 1], 1);
         }
-        channel += threadIdx.x / kLanes * kPerLane;
-        auto store = [&](bool mine, int sum, float x) {
-          float& to = shared.sums[mine ? sum * Shared::kSums + t * kStep + channel
-                                       : 3 * Shared::kSums + threadIdx.x];
-          to = waits && group ? to + x : x;
-        };
-        constexpr int kFirstBit = kSwapsChannels ? 2 : 1;
-        if constexpr (2 * kFirstBit < kLanes) {
-          const bool second = lane & bit, third = lane & (2 * bit);
-          float x = (second ? partial.d_delta[0] : partial.d_input[0]) +
-                    ShuffleXor(second ? partial.d_input[0] : partial.d_delta[0], bit);
-          const float sum_y = partial.y[0] + ShuffleXor(partial.y[0], bit);
-          x = (third ? sum_y : x) + ShuffleXor(third ? x : sum_y, 2 * bit);
-#pragma unroll
-          for (int rest = 4 * kFirstBit; rest < kLanes; rest *= 2) x += ShuffleXor(x, rest);
-          // y is there twice.
-          store(!(second && third) && lane < 4 * kFirstBit, second + 2 * third, x);
-        } else {
-#pragma unroll
-          for (int rest = kFirstBit; rest < kLanes; rest *= 2) {
-            partial.d_input[0] += ShuffleXor(partial.d_input[0], rest);
-            partial.d_delta[0] += ShuffleXor(partial.d_delta[0], rest);
-            partial.y[0] += ShuffleXor(partial.y[0], rest);
+        auto store = [&](float* to, float x) {
+          to += t * kStep;
+          if constexpr (kWaits) {
+            float& own = adds ? *to : sums_of_tile[3 * Shared::kSums + walker];
+            own = group ? own + x : x;
+          } else {
+            *to = x;
           }
-          store(lane < kFirstBit, 0, partial.d_input[0]);
-          store(lane < kFirstBit, 1, partial.d_delta[0]);
-          store(lane < kFirstBit, 2, partial.y[0]);
+        };
+        float x = (second ? partial.d_delta[0] : partial.d_input[0]) +
+                  ExchangePlaces(second ? partial.d_input[0] : partial.d_delta[0], kSecond);
+        const float sum_y = partial.y[0] + ExchangePlaces(partial.y[0], kSecond);
+        if constexpr (kThird < kLanes) {
+          x = (third ? sum_y : x) + ExchangePlaces(third ? x : sum_y, kThird);
+#pragma unroll
+          for (int rest = 2 * kThird; rest < kLanes; rest *= 2) x += ExchangePlaces(x, rest);
+          store(to_sums, x);
+        } else {
+          static_assert(!kWaits);
+          store(to_sums, x);
+          store(to_sums + (second ? 1 : 2) * Shared::kSums, sum_y);
         }
       };
 
       // All sums of the walk before have been used.
-      __syncthreads();
+      Meet<kWalkers + kStagers, 2>();
 
       // A step is summed while the next is computed: the loads of the next come first, since the
       // compiler moves no load across the stores of the sums. The next tile is staged on the way,
       // as soon as the history is half used up.
       constexpr int kJobs = kPairs + kProjectionPairs;
-      static_assert(kJobs <= kTile / 2);
+      static_assert(kStagers || kJobs <= kTile / 2);
       auto job = [&](int t) {
         const int i = kTile / 2 - 1 - t;
         if (i < 0) return;
-        if (i == 0) {
-          WaitForCopies();
-          load_states(last_group ? tile - 1 : tile, next_group);
+        if (i == 0) load_states(last_group ? tile - 1 : tile, next_group);
+        if constexpr (!kStagers) {
+          if (i == 0) WaitForCopies();
+          if (i < kPairs && last_group) stage_sequences(next, i, take_sequences(i), staging);
+          if (i >= kPairs && i < kJobs)
+            stage_varying(i - kPairs, take_projections(i - kPairs), staging_projections);
         }
-        if (i < kPairs && last_group) stage_sequences(next, i, staging);
-        if (i >= kPairs && i < kJobs) stage_varying(i - kPairs, staging_projections);
       };
       Partial pending;
 #pragma unroll
@@ -579,70 +721,38 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kStates, kPerLane, kThrea
         pending = partial;
       }
       sum_over_lanes(0, pending);
-      if (waits) {
-        each([&](int i, int j) {
-          const int place = place_of(group, i, j);
-          waiting_adjoint[place] = adjoint[i][j];
-          waiting_dA[place] = dA[i][j];
-          if constexpr (!kPlain) waiting_dB[place] = dB[i][j], waiting_dC[place] = dC[i][j];
-        });
-      }
+      if (waits) keep(group);
     }
-    finished -= sequences.Stride();
+    if constexpr (!kStagers) finished -= sequences.Stride();
   }
-  __syncthreads();
-  finish_projections(rows_of(first_tile), groups - 1);
+  Meet<kWalkers + kStagers>();
+  if constexpr (!kStagers) {
+    finish_projections(rows_of(first_tile), groups - 1);
 #pragma unroll
-  for (int k = 0; k < kPairs; ++k)
-    finish(rows_of(first_tile), k, shared.sequences[(last_tile - 1 - first_tile) & 1]);
+    for (int k = 0; k < kPairs; ++k)
+      finish(rows_of(first_tile), k, shared.sequences[parity ^ 1], shared.sums[0]);
+    finish_vectors();
+  }
 
-  const int64_t slot = block.span * p.batch + block.row;
   for (int group = 0; group < groups; ++group) {
     each([&](int i, int j) {
       const int64_t n = state_of(group, i);
-      const int channel = channel_of(j), place = place_of(group, i, j);
+      const int channel = channel_of(j);
       if (channel >= block.channels || n >= p.dstate) return;
       const int64_t to = (slot * p.dim + block.first_channel + channel) * p.dstate + n;
       auto part = [&](int64_t at) { return reinterpret_cast<Number*>(base + at); };
-      part(workspace.dA)[to] = waits ? waiting_dA[place] : dA[i][j];
+      auto last = [&](int array, const Number& x) {
+        return waits ? waiting_of(group, array, i, j) : x;
+      };
+      part(workspace.dA)[to] = last(kDA, dA[i][j]);
       if constexpr (!kPlain) {
-        if (!B_varies) part(workspace.dB)[to] = waits ? waiting_dB[place] : dB[i][j];
-        if (!C_varies) part(workspace.dC)[to] = waits ? waiting_dC[place] : dC[i][j];
+        if (!B_varies) part(workspace.dB)[to] = last(kDB, dB[i][j]);
+        if (!C_varies) part(workspace.dC)[to] = last(kDC, dC[i][j]);
       }
       if (p.cotangents.initial_state.data && block.span == 0)
         static_cast<Number*>(p.cotangents.initial_state.data)[StateIndex(p, block, channel, n)] =
-            waits ? waiting_adjoint[place] : adjoint[i][j];
+            last(kAdjoint, adjoint[i][j]);
     });
-  }
-
-  // Each channel's sums of dD and d_bias: every thread writes its own, then one thread per channel
-  // adds those of its channel in the order of the steps.
-  __syncthreads();
-  float* sum_D = shared.sums;
-  float* sum_bias = shared.sums + Shared::kSums;
-#pragma unroll
-  for (int k = 0; k < kPairs; ++k) {
-    typename Shared::VectorSum sum{};
-    if (k < Shared::kVectorSums) sum = vector_sums[k * kThreads];
-    if constexpr (kLayout == Layout::kTimeLast) {
-      sequences.Put(sum_D, k, sum.x, 0.0f);
-      sequences.Put(sum_bias, k, sum.y, 0.0f);
-    } else {
-      sequences.Put(sum_D, k, sum.x, sum.y);
-      sequences.Put(sum_bias, k, sum.z, sum.w);
-    }
-  }
-  __syncthreads();
-  for (int channel = threadIdx.x; channel < block.channels; channel += kThreads) {
-    float D = 0.0f, bias = 0.0f;
-#pragma unroll
-    for (int t = 0; t < kTile; ++t) {
-      D += sum_D[t * kStep + channel];
-      bias += sum_bias[t * kStep + channel];
-    }
-    const int64_t to = slot * p.dim + block.first_channel + channel;
-    reinterpret_cast<float*>(base + workspace.dD)[to] = D;
-    reinterpret_cast<float*>(base + workspace.d_bias)[to] = bias;
   }
 }
 
@@ -681,38 +791,30 @@ __global__ void WeightSumKernel(int64_t spans, int64_t batch, int64_t instances,
   to[i] = sum;
 }
 
-template <typename Number, int kStates, int kLanes, int kPerLane, int kThreads, Elements kElements,
-          Layout kLayout>
+template <typename Number, int kStates, int kLanes, int kPerLane, int kWalkers, int kStagers,
+          bool kWaits, Elements kElements, Layout kLayout>
 Error Launch(const Backward& p, const Plan& plan, const BackwardWorkspace& workspace,
              Stream stream) {
-  const auto kernel =
-      BackwardKernel<Number, kStates, kLanes, kPerLane, kThreads, kElements, kLayout>;
-  constexpr bool kPlain = kElements != Elements::kMixed;
-  constexpr int kShared =
-      sizeof(BackwardShared<Number, kStates, kLanes, kPerLane, kThreads, kElements, kLayout>);
-  constexpr int kWaiting = kStates * kPerLane * kThreads * sizeof(Number) * (kPlain ? 2 : 4);
-  constexpr int kGroup = kStates * kLanes;
-  constexpr int kMost = kPlain         ? (kGroup <= 16 ? kGroup : kMostPlainStates)
-                        : kLanes == 32 ? kMostStates
-                                       : kFewStates;
-  // Two blocks of 128 threads share a multiprocessor, which keeps 1 KB for itself of each.
-  static_assert(kGroup > 16 || !kPlain || kThreads > 128 || 2 * (kShared + 1024) <= 228 * 1024);
-  static_assert(kShared + (kMost > kGroup ? kMost / kGroup * kWaiting : 0) <= kSharedBytes);
-  const int bytes = kShared + (plan.state_groups > 1 ? plan.state_groups * kWaiting : 0);
-  if (const Error error = AllowSharedBytes(kernel, bytes); error != kSuccess) return error;
-  kernel<<<static_cast<unsigned>(plan.blocks * plan.spans), kThreads, bytes, stream>>>(p, plan,
-                                                                                       workspace);
+  const auto kernel = BackwardKernel<Number, kStates, kLanes, kPerLane, kWalkers, kStagers, kWaits,
+                                     kElements, kLayout>;
+  constexpr int kShared = sizeof(BackwardShared<Number, kStates, kLanes, kPerLane, kWalkers,
+                                                kStagers, kWaits, kElements, kLayout>);
+  // Two blocks share a multiprocessor, which keeps 1 KB for itself of each.
+  static_assert(kWalkers == 128 ? 2 * (kShared + 1024) <= 228 * 1024 : kShared <= kSharedBytes);
+  if (const Error error = AllowSharedBytes(kernel, kShared); error != kSuccess) return error;
+  kernel<<<static_cast<unsigned>(plan.blocks * plan.spans), kWalkers + kStagers, kShared, stream>>>(
+      p, plan, workspace);
   return LastError();
 }
 
 template <Elements kElements, Layout kLayout>
 Error LaunchRegular(const Backward& p, const Plan& plan, const BackwardWorkspace& workspace,
                     Stream stream) {
-  if (plan.shape.lanes == 32)
-    return Launch<float, 2, 32, 2, 384, kElements, kLayout>(p, plan, workspace, stream);
-  if (plan.shape.lanes == 4)
-    return Launch<float, 4, 4, 2, 128, kElements, kLayout>(p, plan, workspace, stream);
-  return Launch<float, 2, 8, 2, 384, kElements, kLayout>(p, plan, workspace, stream);
+  const auto launch =
+      plan.state_groups > 1   ? Launch<float, 2, 8, 2, 384, 128, true, kElements, kLayout>
+      : plan.shape.lanes == 4 ? Launch<float, 4, 4, 2, 128, 0, false, kElements, kLayout>
+                              : Launch<float, 2, 8, 2, 384, 128, false, kElements, kLayout>;
+  return launch(p, plan, workspace, stream);
 }
 
 template <Elements kElements>
@@ -720,6 +822,16 @@ Error LaunchLayout(const Backward& p, const Plan& plan, const BackwardWorkspace&
                    Stream stream) {
   return p.channel_last ? LaunchRegular<kElements, Layout::kChannelLast>(p, plan, workspace, stream)
                         : LaunchRegular<kElements, Layout::kTimeLast>(p, plan, workspace, stream);
+}
+
+template <typename Number, int kStates, int kLanes>
+Error LaunchMixed(const Backward& p, const Plan& plan, const BackwardWorkspace& workspace,
+                  Stream stream) {
+  constexpr Elements kMixed = Elements::kMixed;
+  const auto launch = plan.state_groups > 1
+                          ? Launch<Number, kStates, kLanes, 1, 384, 96, true, kMixed, Layout::kAny>
+                          : Launch<Number, kStates, kLanes, 1, 416, 0, false, kMixed, Layout::kAny>;
+  return launch(p, plan, workspace, stream);
 }
 
 Error LaunchWalk(const Backward& p, const Plan& plan, const BackwardWorkspace& workspace,
@@ -732,15 +844,8 @@ Error LaunchWalk(const Backward& p, const Plan& plan, const BackwardWorkspace& w
     case Elements::kHalf:
       return LaunchLayout<Elements::kHalf>(p, plan, workspace, stream);
     default:
-      if (plan.shape.lanes == 32)
-        return IsComplex(p) ? Launch<Complex, 1, 32, 1, 128, Elements::kMixed, Layout::kAny>(
-                                  p, plan, workspace, stream)
-                            : Launch<float, 2, 32, 1, 128, Elements::kMixed, Layout::kAny>(
-                                  p, plan, workspace, stream);
-      return IsComplex(p) ? Launch<Complex, 1, 16, 1, 416, Elements::kMixed, Layout::kAny>(
-                                p, plan, workspace, stream)
-                          : Launch<float, 2, 8, 1, 416, Elements::kMixed, Layout::kAny>(
-                                p, plan, workspace, stream);
+      return IsComplex(p) ? LaunchMixed<Complex, 1, 16>(p, plan, workspace, stream)
+                          : LaunchMixed<float, 2, 8>(p, plan, workspace, stream);
   }
 }
 

@@ -37,8 +37,10 @@ struct ForwardShared {
   static constexpr int kStagers = kWalkers;
   static constexpr int kChannels = kWalkers / kLanes * kPerLane, kGroup = kStates * kLanes;
   static constexpr bool kPlain = kElements != Elements::kMixed;
-  // Against bank conflicts: of y's stores (8), of pairs of steps.
-  static constexpr int kPad = kLayout == Layout::kChannelLast ? 8 : kPlain && kPerLane == 1 ? 1 : 2;
+  // Against bank conflicts: of y's stores, 4 rows of 8 channels; of pairs of steps.
+  static constexpr int kPad = kLayout == Layout::kChannelLast ? (kChannels % 32 ? 16 : 8)
+                              : kPlain && kPerLane == 1       ? 1
+                                                              : 2;
   using Sequences = Tile<kStagers, kChannels, kPad, kElements, kLayout>;
   using Projections = Tile<kStagers, kGroup * NumberTraits<Number>::kParts, 4, kElements, kLayout>;
   static constexpr int kStep = Sequences::kRow;
@@ -65,7 +67,7 @@ struct ForwardShared {
   typename Sequences::Slot z[Sequences::kCount * kStagers];
   typename Projections::Slot B[Projections::kCount * kStagers];
   typename Projections::Slot C[Projections::kCount * kStagers];
-  float2 vectors[kChannels];  // D, delta_bias
+  Vectors<kChannels> vectors;
 };
 
 template <typename Number, int kStates, int kLanes, int kPerLane, int kWalkers, Elements kElements,
@@ -99,12 +101,12 @@ __global__ void __launch_bounds__(2 * kWalkers, kThreadsTogether / (2 * kWalkers
     const Projections projections(ProjectionLines<kParts>(p, block), p.reverse);
     constexpr int kPairs = Sequences::kCount;
     // D and delta_bias of the elements that this thread stages.
-    float2 vectors[kPairs][2] = {};
+    float2 D[kPairs] = {}, delta_bias[kPairs] = {};
 #pragma unroll
     for (int k = 0; k < kPairs; ++k) {
       if (!sequences.Mine(k)) continue;
-      vectors[k][0] = shared.vectors[sequences.LineOf(k, 0)];
-      vectors[k][1] = shared.vectors[sequences.LineOf(k, 1)];
+      D[k] = sequences.OfLines(shared.vectors.D, k);
+      delta_bias[k] = sequences.OfLines(shared.vectors.delta_bias, k);
     }
     auto rows_of = [&](int tile) {
       return Rows(p, plan, tile, p.reverse, first_tile <= tile && tile < last_tile);
@@ -137,9 +139,8 @@ __global__ void __launch_bounds__(2 * kWalkers, kThreadsTogether / (2 * kWalkers
                           typename Shared::Staged& to) {
       if (!sequences.Mine(k)) return;
       const float2 input = sequences.Widen(u, o.u);
-      const float2 first = vectors[k][0], second = vectors[k][1];
       float2 value = sequences.Widen(delta, o.delta);
-      value = {value.x + first.y, value.y + second.y};
+      value = {value.x + delta_bias[k].x, value.y + delta_bias[k].y};
       if (p.delta_softplus)
         value = {Softplus<kExact<kElements>>(value.x).value,
                  Softplus<kExact<kElements>>(value.y).value};
@@ -152,8 +153,8 @@ __global__ void __launch_bounds__(2 * kWalkers, kThreadsTogether / (2 * kWalkers
         const float2 x = sequences.Widen(z, o.z);
         gate = {x.x * Sigmoid<kExact<kElements>>(x.x), x.y * Sigmoid<kExact<kElements>>(x.y)};
       }
-      to.gates[k * kStagers + threadIdx.x] = {gate.x * kParts, first.x * input.x * gate.x,
-                                              gate.y * kParts, second.x * input.y * gate.y};
+      to.gates[k * kStagers + threadIdx.x] = {gate.x * kParts, D[k].x * input.x * gate.x,
+                                              gate.y * kParts, D[k].y * input.y * gate.y};
     };
     // What was sent for is in registers before the next is sent for, into the same slots: then that
     // has a whole tile's time to come.
@@ -229,7 +230,7 @@ __global__ void __launch_bounds__(2 * kWalkers, kThreadsTogether / (2 * kWalkers
     return;
   }
 
-  const int walker = threadIdx.x - kStagers;
+  const int walker = LanePlace(threadIdx.x - kStagers);
   const int lane = walker % kLanes, channel = walker / kLanes * kPerLane;
   // Only where there are several groups of states: (groups, kPerLane, kStates, walkers).
   Number* waiting = reinterpret_cast<Number*>(memory + sizeof(Shared)) + walker;

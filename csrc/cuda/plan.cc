@@ -14,7 +14,7 @@ constexpr int kShortestSpan = 8;
 // The passes before and between spans, in microseconds: per state and step, the same where it may
 // stop early (whether it does depends on flags that a plan does not know, and on the data), and for
 // their launches.
-constexpr double kCarryTime = 0.45e-6, kEarlyCarryTime = 0.5 * kCarryTime, kCarryLaunches = 12.0;
+constexpr double kCarryTime = 0.28e-6, kEarlyCarryTime = 0.5 * kCarryTime, kCarryLaunches = 12.0;
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -86,20 +86,22 @@ Plan Plan::Forward(const Problem& p, Elements elements) {
   if (elements == Elements::kMixed) return Cut(p, {{{2, 8, 1}, 128, 3, 1.6, 0.75}});
   if (p.dstate <= 4) return Cut(p, {{{2, 2, 1}, 128, 3, 0.72, 0.42}});
   if (p.dstate <= 16)
-    return Cut(p, {{{4, 4, 1}, 96, 4, 0.63, 0.39},
-                   {{4, 4, 1}, 128, 3, 0.72, 0.45},
-                   {{4, 4, 1}, 160, 2, 0.91, 0.56},
-                   {{4, 4, 2}, 128, 3, 1.0, 0.8}});
+    return Cut(p, {{{4, 4, 1}, 96, 4, 0.70, 0.335},
+                   {{4, 4, 1}, 128, 3, 0.65, 0.41},
+                   {{4, 4, 1}, 160, 2, 0.86, 0.55},
+                   {{4, 4, 2}, 128, 3, 1.08, 0.78}});
   return Cut(p, {{{4, 16, 2}, 128, 3, 1.3, 0.58}});
 }
 
 Plan Plan::Backward(const Problem& p, Elements elements) {
-  if (elements == Elements::kMixed && p.dstate > kFewStates)
-    return Cut(p, {{IsComplex(p) ? Shape{1, 32, 1} : Shape{2, 32, 1}, 128, 3, 5.0, 2.0}});
-  if (elements == Elements::kMixed)
-    return Cut(p, {{IsComplex(p) ? Shape{1, 16, 1} : Shape{2, 8, 1}, 416, 1, 9.0, 0.0}});
-  if (p.dstate > 16) return Cut(p, {{{2, 32, 2}, 384, 1, 6.6, 0.0}});
-  return Cut(p, {{{2, 8, 2}, 384, 1, 5.75, 0.0}, {{4, 4, 2}, 128, 2, 5.0, 2.6}});
+  // 16 states or fewer are one group.
+  if (elements == Elements::kMixed) {
+    const Shape shape = IsComplex(p) ? Shape{1, 16, 1} : Shape{2, 8, 1};
+    if (p.dstate <= shape.group()) return Cut(p, {{shape, 416, 1, 9.0, 0.0}});
+    return Cut(p, {{shape, 384, 1, 12.0, 0.0}});
+  }
+  if (p.dstate > 16) return Cut(p, {{{2, 8, 2}, 384, 1, 4.9, 0.0}});
+  return Cut(p, {{{2, 8, 2}, 384, 1, 4.9, 0.0}, {{4, 4, 2}, 128, 2, 6.1, 1.0}});
 }
 
 int64_t ForwardWorkspace::Enough(const Problem& p) {
@@ -134,6 +136,9 @@ BackwardWorkspace::BackwardWorkspace(const Problem& p, const Plan& plan) {
   dA = layout.Take(weight, number);
   dB = layout.Take(p.B_varies ? varying : weight, number);
   dC = layout.Take(p.C_varies ? varying : weight, number);
+  const int64_t blocks = plan.state_groups > 1 ? plan.spans * plan.blocks : 0;
+  waiting = layout.Take(blocks * plan.block_channels * plan.state_groups * plan.shape.group(),
+                        kWaitingArrays * number);
   dD = layout.Take(plan.spans * p.batch * p.dim, 4);
   d_bias = layout.Take(plan.spans * p.batch * p.dim, 4);
   bytes = layout.bytes;
@@ -171,7 +176,7 @@ bool PairsAligned(std::initializer_list<Array> arrays) {
 Elements Plain(const Problem& p, std::initializer_list<Array> arrays) {
   const bool sequences_even = (p.channel_last ? p.group_dim() : p.length) % 2 == 0;
   const bool projections_even = (p.channel_last ? p.dstate : p.length) % 2 == 0;
-  // The backward kernels of the plain case have less shared memory to spare for waiting states.
+  // The forward kernels of the plain case have less shared memory to spare for waiting states.
   const bool few_states = p.dstate <= kMostPlainStates;
   // Offsets within a tile of at most 256 lines must fit 32 bits.
   const int64_t widest =

@@ -16,13 +16,11 @@ inline bool IsComplex(const Problem& p) { return ffi::ToReal(p.state) != p.state
 // knows of their beginning. In shorter ones it would mostly ask in vain.
 constexpr int kLongSpan = 512;
 
-// More states do not fit in shared memory, where they wait their turn (kept in step with
-// _MOST_STATES in jax_sscan/backends/native.py).
+// More states do not fit in the forward kernel's shared memory, where they wait their turn (kept in
+// step with _MOST_STATES in jax_sscan/backends/native.py).
 constexpr int64_t kMostStates = 1024;
 // Of those kernels that have no shared memory to spare for more.
 constexpr int64_t kMostPlainStates = 128;
-// Up to which the general backward kernel spreads a channel over few lanes.
-constexpr int64_t kFewStates = 64;
 // Shared memory that a block can have, of an H100 or H200.
 constexpr int64_t kSharedBytes = 227 * 1024;
 
@@ -71,6 +69,9 @@ struct BackwardWorkspace {
   // (spans, batch, dim, dstate) where they do not; dA like those; dD and d_bias (spans, batch,
   // dim).
   int64_t dA, dB, dC, dD, d_bias;
+  // Where states are taken in turn, what those have come to that wait for theirs.
+  static constexpr int kWaitingArrays = 5;
+  int64_t waiting;
   int64_t bytes;
   BackwardWorkspace(const Problem& p, const Plan& plan);
   static int64_t Enough(const Problem& p);

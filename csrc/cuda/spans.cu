@@ -48,7 +48,7 @@ struct SpanShared : SpanShape<Number> {
   typename Sequences::Slot input[Sequences::kCount * kStagers];
   typename Sequences::Slot z[Sequences::kCount * kStagers];
   typename Projections::Slot next_B[Projections::kCount * kStagers];
-  float2 vectors[kChannels];  // D, delta_bias
+  Vectors<kChannels> vectors;
 };
 
 template <typename Pass, typename Number, Elements kElements, Layout kLayout, bool kForgets>
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kThreads)
   const int tiles =
       (first_tile + plan.span_tiles < plan.tiles ? plan.span_tiles : plan.tiles - first_tile);
 
-  const int walker = static_cast<int>(threadIdx.x) - kStagers;
+  const int walker = LanePlace(static_cast<int>(threadIdx.x) - kStagers);
   const int lane = walker % kLanes, channel = walker / kLanes;
   Number rate[kStates];
   auto load_group = [&](int group) {
@@ -157,8 +157,8 @@ __global__ void __launch_bounds__(kThreads)
         for (int k = 0; k < Sequences::kCount; ++k) {
           if (!sequences.Mine(k)) continue;
           float2 value = sequences.Widen(delta.pair[k], o.delta);
-          value = {value.x + shared.vectors[sequences.LineOf(k, 0)].y,
-                   value.y + shared.vectors[sequences.LineOf(k, 1)].y};
+          const float2 bias = sequences.OfLines(shared.vectors.delta_bias, k);
+          value = {value.x + bias.x, value.y + bias.y};
           if (p.delta_softplus)
             value = {Softplus<kExact<kElements>>(value.x).value,
                      Softplus<kExact<kElements>>(value.y).value};

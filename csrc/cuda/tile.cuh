@@ -10,6 +10,7 @@
 // no one waits for memory.
 #pragma once
 
+#include <numeric>
 #include <type_traits>
 
 #include "cuda/number.cuh"
@@ -130,7 +131,7 @@ __device__ inline Lines ProjectionLines(const Problem& p, const Block& block) {
 // kPad: cells to a row of shared memory beyond its lines, against bank conflicts. Pairs stay
 // aligned. kElements: where it is one dtype, pairs exist or lack as one and are aligned; where it
 // is kMixed, arrays have a dtype each and elements move one by one.
-template <int kThreads, int kLines, int kPad, Elements kElements, Layout kLayout>
+template <int kThreads, int kLines, int kPad, Elements kElements, Layout kLayout, int kFirst = 0>
 class Tile {
  public:
   static constexpr bool kRegular = kElements != Elements::kMixed;
@@ -140,6 +141,10 @@ class Tile {
   static constexpr int kCells = kTile * kRow;
   static constexpr int kPairs = kTile * kLines / 2;
   static constexpr int kCount = (kPairs + kThreads - 1) / kThreads;  // of a thread
+  // Where channels are last: threads side by side along a row, and how often that makes the row.
+  static constexpr int kNear = std::gcd(kLines / 2, kThreads);
+  static constexpr int kAcross = kLayout == Layout::kChannelLast ? kLines / 2 / kNear : 1;
+  static_assert(kAcross == 1 || kPairs % kThreads == 0);
 
   struct Raw {
     uint2 pair[kCount];
@@ -153,7 +158,7 @@ class Tile {
         reversed_(reversed),
         pairs_are_steps_(lines.pairs_are_steps) {
     // The pairs of a thread are evenly spaced.
-    const int i = threadIdx.x;
+    const int i = Index(0);
     if (PairsAreSteps()) {
       constexpr int kNear = kTile / 2;
       static_assert(kThreads % kNear == 0);
@@ -164,31 +169,33 @@ class Tile {
       offset_ = i % kTile, line_ = i / kTile * 2;
       next_offset_ = 0, next_line_ = kThreads / kTile * 2;
     } else {
-      constexpr int kNear = kLines / 2;
-      static_assert(kThreads % kNear == 0);
+      static_assert(kLayout != Layout::kAny || kNear == kLines / 2);
       offset_ = i / kNear, line_ = i % kNear * 2;
       next_offset_ = kThreads / kNear, next_line_ = 0;
     }
     start_ += offset_ * step_ + line_ * stride_;
-    next_element_ = static_cast<Offset>(NextOffset() * step_ + NextLine() * stride_);
+    next_element_ =
+        static_cast<Offset>(OffsetTo(kAcross) * step_ + (kAcross > 1 ? 0 : LineTo(1)) * stride_);
     cell_ = (reversed ? kTile - 1 - offset_ : offset_) * kRow + line_;
     row_ = reversed ? -kRow : kRow;
   }
 
-  __device__ bool Mine(int k) const {
-    return kPairs % kThreads == 0 || threadIdx.x + k * kThreads < kPairs;
+  // Of pair k of the calling thread, among all.
+  __device__ int Index(int k) const {
+    return k * kThreads + static_cast<int>(threadIdx.x) - kFirst;
   }
+  __device__ bool Mine(int k) const { return kPairs % kThreads == 0 || Index(k) < kPairs; }
   // In shared memory, of element e (0 or 1) of pair k.
   __device__ int Cell(int k, int e) const {
-    return cell_ + k * (NextOffset() * row_ + NextLine()) + (!e ? 0 : PairsAreSteps() ? row_ : 1);
+    return cell_ + OffsetTo(k) * row_ + LineTo(k) + (!e ? 0 : PairsAreSteps() ? row_ : 1);
   }
   __device__ int LineOf(int k, int e) const {
-    return line_ + k * NextLine() + (PairsAreSteps() ? 0 : e);
+    return line_ + LineTo(k) + (PairsAreSteps() ? 0 : e);
   }
   // Whether the element is there. Lines count from `first_line`.
   __device__ bool Exists(int k, int e, const Rows& rows, int first_line = 0) const {
     if (kRegular) e = 0;
-    const int offset = offset_ + k * NextOffset() + (PairsAreSteps() ? e : 0), line = LineOf(k, e);
+    const int offset = offset_ + OffsetTo(k) + (PairsAreSteps() ? e : 0), line = LineOf(k, e);
     return Mine(k) && offset < rows.steps && first_line + line < count_;
   }
 
@@ -204,7 +211,7 @@ class Tile {
                        int first_line = 0, bool wanted = true) const {
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
-      const int64_t i = at + k * next_element_;
+      const int64_t i = at + ElementTo(k);
       const bool first = wanted && Exists(k, 0, rows, first_line),
                  second = wanted && Exists(k, 1, rows, first_line);
       uint2 pair{0, 0};
@@ -234,7 +241,7 @@ class Tile {
                                   uint32_t, uint2>;
   __device__ void Prefetch(const Array& from, int64_t at, const Rows& rows, Slot* slots,
                            int first_line = 0, bool wanted = true) const {
-    slots += threadIdx.x;
+    slots += Index(0);
     if constexpr (!kRegular) {
       Raw raw;
       Load(from, at, rows, &raw, first_line, wanted);
@@ -245,15 +252,15 @@ class Tile {
       const char* data = static_cast<const char*>(from.data);
 #pragma unroll
       for (int k = 0; k < kCount; ++k)
-        CopyAsync<kBytes>(slots + k * kThreads, data + (at + k * next_element_) * (kBytes / 2),
+        CopyAsync<kBytes>(slots + k * kThreads, data + (at + ElementTo(k)) * (kBytes / 2),
                           wanted && Exists(k, 0, rows, first_line));
     }
   }
   __device__ uint2 Take(const Slot* slots, int k) const {
     if constexpr (sizeof(Slot) == 4)
-      return {slots[k * kThreads + threadIdx.x], 0};
+      return {slots[Index(k)], 0};
     else
-      return slots[k * kThreads + threadIdx.x];
+      return slots[Index(k)];
   }
 
   __device__ float2 Widen(uint2 pair, const Array& from) const {
@@ -262,7 +269,7 @@ class Tile {
 
   __device__ void Store(const Array& to, int64_t at, const Rows& rows, int k, float x, float y,
                         bool wanted = true) const {
-    const int64_t i = at + k * next_element_;
+    const int64_t i = at + ElementTo(k);
     const uint2 pair = Narrow(x, y, DtypeOf<kElements>(to));
     const bool first = wanted && Exists(k, 0, rows), second = wanted && Exists(k, 1, rows);
     if constexpr (kElements == Elements::kFloat) {
@@ -299,6 +306,12 @@ class Tile {
       *reinterpret_cast<float4*>(cells + Cell(k, 0)) = {x.x, x.y, y.x, y.y};
     }
   }
+  // What there is one of for each line, for both elements of pair k.
+  __device__ float2 OfLines(const float* lines, int k) const {
+    if (!PairsAreSteps()) return *reinterpret_cast<const float2*>(lines + LineOf(k, 0));
+    const float x = lines[LineOf(k, 0)];
+    return {x, x};
+  }
   __device__ float2 Get(const float* cells, int k) const {
     if (PairsAreSteps()) return {cells[Cell(k, 0)], cells[Cell(k, 1)]};
     return *reinterpret_cast<const float2*>(cells + Cell(k, 0));
@@ -308,13 +321,17 @@ class Tile {
   __device__ bool PairsAreSteps() const {
     return kLayout == Layout::kAny ? pairs_are_steps_ : kLayout == Layout::kTimeLast;
   }
-  __device__ int NextOffset() const {
-    if (kLayout == Layout::kAny) return next_offset_;
-    return kLayout == Layout::kTimeLast ? 0 : kThreads / (kLines / 2);
+  // From a thread's first pair to pair k.
+  __device__ int OffsetTo(int k) const {
+    if (kLayout == Layout::kAny) return k * next_offset_;
+    return kLayout == Layout::kTimeLast ? 0 : k / kAcross * (kThreads / kNear);
   }
-  __device__ int NextLine() const {
-    if (kLayout == Layout::kAny) return next_line_;
-    return kLayout == Layout::kTimeLast ? kThreads / (kTile / 2) : 0;
+  __device__ int LineTo(int k) const {
+    if (kLayout == Layout::kAny) return k * next_line_;
+    return kLayout == Layout::kTimeLast ? k * (kThreads / (kTile / 2)) : k % kAcross * (2 * kNear);
+  }
+  __device__ Offset ElementTo(int k) const {
+    return k / kAcross * next_element_ + (kAcross > 1 ? LineTo(k) : 0);
   }
 
   int64_t start_, step_, stride_;
@@ -324,36 +341,48 @@ class Tile {
   bool pairs_are_steps_;
 };
 
-// The sum over the lanes that differ in the bits from kBit up to kEnd, of kCount values at once,
-// halved at each bit, the lowest first: the upper lane keeps the second half. A lane ends with
-// values[0 .. held). The first kFree halvings need no select, since upper lanes hold their halves
-// the other way round.
+// Walkers count the lanes of a warp with the first and the last bit of their number exchanged; its
+// own inverse, for masks of lanes as well. Loads of 8 or 16 bytes from shared memory take half the
+// time where each lane reads the same as the neighbour it has by the first bit, or each as that by
+// the second: in this order neighbours by the first bit share their states, and those by the second
+// their channel.
+__device__ constexpr int LanePlace(int lane) {
+  return (lane & ~17) | (lane & 1) << 4 | (lane >> 4 & 1);
+}
+
+// The value of the lane whose place differs by `mask`.
+__device__ inline float ExchangePlaces(float x, int mask) { return ShuffleXor(x, LanePlace(mask)); }
+
+// The sum over the lanes whose places differ in the bits from kBit up to kEnd, of kCount values at
+// once, halved at each bit, the lowest first: the upper lane keeps the second half. A lane ends
+// with values[0 .. held). The first kFree halvings need no select, since upper lanes hold their
+// halves the other way round.
 template <int kCount, int kFree, int kBit, int kEnd>
 __device__ inline void SumHalves(float* values) {
   if constexpr (kBit < kEnd) {
     if constexpr (kCount > 1) {
       constexpr int kHalf = kCount / 2;
-      const bool upper = kFree > 0 ? false : (threadIdx.x & kBit) != 0;
+      const bool upper = kFree > 0 ? false : (LanePlace(threadIdx.x) & kBit) != 0;
 #pragma unroll
       for (int i = 0; i < kHalf; ++i) {
         const float kept = upper ? values[i + kHalf] : values[i];
         const float sent = upper ? values[i] : values[i + kHalf];
-        values[i] = kept + ShuffleXor(sent, kBit);
+        values[i] = kept + ExchangePlaces(sent, kBit);
       }
       SumHalves<kHalf, kFree - 1, kBit * 2, kEnd>(values);
     } else {
-      values[0] += ShuffleXor(values[0], kBit);
+      values[0] += ExchangePlaces(values[0], kBit);
       SumHalves<1, 0, kBit * 2, kEnd>(values);
     }
   }
 }
 
 // A fixed B or C, one row of states per channel.
-template <typename Number, int kThreads, int kChannels, int kGroup, int kRow>
+template <typename Number, int kThreads, int kChannels, int kGroup, int kRow, int kFirst = 0>
 __device__ inline void StageFixed(const Problem& p, const Block& block, const Array& from,
                                   int first_state, Number* to) {
   const int64_t start = (block.instance * p.dim + block.first_channel) * p.dstate + first_state;
-  for (int i = threadIdx.x; i < kChannels * kGroup; i += kThreads) {
+  for (int i = static_cast<int>(threadIdx.x) - kFirst; i < kChannels * kGroup; i += kThreads) {
     const int n = i % kGroup, channel = i / kGroup;
     Number x{};
     if (channel < block.channels && first_state + n < p.dstate)
@@ -362,15 +391,21 @@ __device__ inline void StageFixed(const Problem& p, const Block& block, const Ar
   }
 }
 
-// D and delta_bias of a block's channels, {0, 0} for what is not there.
+// D and delta_bias of a block's channels, 0 for what is not there.
+template <int kChannels>
+struct Vectors {
+  alignas(8) float D[kChannels];
+  alignas(8) float delta_bias[kChannels];
+};
 template <int kThreads, int kChannels>
-__device__ inline void StageVectors(const Problem& p, const Block& block, float2* to) {
+__device__ inline void StageVectors(const Problem& p, const Block& block, Vectors<kChannels>& to) {
   const Operands& o = p.operands;
   for (int i = threadIdx.x; i < kChannels; i += kThreads) {
     const int64_t at = block.instance * p.dim + block.first_channel + i;
     const bool exists = i < block.channels;
-    to[i].x = exists && o.D.data ? static_cast<const float*>(o.D.data)[at] : 0.0f;
-    to[i].y = exists && o.delta_bias.data ? static_cast<const float*>(o.delta_bias.data)[at] : 0.0f;
+    to.D[i] = exists && o.D.data ? static_cast<const float*>(o.D.data)[at] : 0.0f;
+    to.delta_bias[i] =
+        exists && o.delta_bias.data ? static_cast<const float*>(o.delta_bias.data)[at] : 0.0f;
   }
 }
 

@@ -62,10 +62,11 @@ __device__ inline uint32_t ToHalves(float x, float y) {
   return __half_as_ushort(pair.x) | static_cast<uint32_t>(__half_as_ushort(pair.y)) << 16;
 }
 
-// A barrier for all kThreads of a block, who may stand in different places of the code.
-template <int kThreads>
+// A barrier for kThreads of a block, who may stand in different places of the code. Those who meet
+// elsewhere before everyone has left it need another kPlace.
+template <int kThreads, int kPlace = 1>
 __device__ inline void Meet() {
-  asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
+  asm volatile("bar.sync %0, %1;" ::"n"(kPlace), "n"(kThreads) : "memory");
 }
 
 // Whether any of them says so.
