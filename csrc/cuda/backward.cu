@@ -800,7 +800,9 @@ Error Launch(const Backward& p, const Plan& plan, const BackwardWorkspace& works
   constexpr int kShared = sizeof(BackwardShared<Number, kStates, kLanes, kPerLane, kWalkers,
                                                 kStagers, kWaits, kElements, kLayout>);
   // Two blocks share a multiprocessor, which keeps 1 KB for itself of each.
-  static_assert(kWalkers == 128 ? 2 * (kShared + 1024) <= 228 * 1024 : kShared <= kSharedBytes);
+  constexpr bool kHungry = kStagers && kElements != Elements::kMixed;
+  static_assert(kWalkers == 128 ? 2 * (kShared + 1024) <= 228 * 1024
+                                : kShared <= (kHungry ? kSharedBytes : kLittleSharedBytes));
   if (const Error error = AllowSharedBytes(kernel, kShared); error != kSuccess) return error;
   kernel<<<static_cast<unsigned>(plan.blocks * plan.spans), kWalkers + kStagers, kShared, stream>>>(
       p, plan, workspace);
@@ -877,8 +879,9 @@ Error LaunchSums(const Backward& p, const Plan& plan, const BackwardWorkspace& w
 }  // namespace
 
 Error LaunchBackward(const Backward& p, Stream stream) {
-  const Elements elements = PlainElements(p);
-  const Plan plan = Plan::Backward(p, elements);
+  const bool little_shared = SharedBytesOfBlock() < kSharedBytes;
+  const Elements elements = PlainElements(p, little_shared);
+  const Plan plan = Plan::Backward(p, elements, little_shared);
   const BackwardWorkspace workspace(p, plan);
   char* base = static_cast<char*>(p.workspace.data);
   if (plan.spans > 1) {

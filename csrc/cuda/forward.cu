@@ -17,9 +17,9 @@
 // from global memory.
 //
 // Cost per (b, d, t, n): one exp2, two multiplies, two FMAs, and (with 4 states) 2.5 registers from
-// shared memory, 1.5 with two channels to a lane; a multiprocessor moves one such register of a
-// warp per cycle, which with the issue of instructions is what bounds this kernel. Per (b, d, t):
-// staging, about 70 instructions, and the sum over lanes (3 shuffles per 4 steps at 4 lanes).
+// shared memory, 1.5 with two channels to a lane, at two such registers of a warp per cycle and
+// multiprocessor (see LanePlace). Per (b, d, t): staging, about 70 instructions, and the sum over
+// lanes (3 shuffles per 4 steps at 4 lanes).
 #include "cuda/scan.h"
 #include "cuda/tile.cuh"
 

@@ -93,7 +93,7 @@ Plan Plan::Forward(const Problem& p, Elements elements) {
   return Cut(p, {{{4, 16, 2}, 128, 3, 1.3, 0.58}});
 }
 
-Plan Plan::Backward(const Problem& p, Elements elements) {
+Plan Plan::Backward(const Problem& p, Elements elements, bool little_shared) {
   // 16 states or fewer are one group.
   if (elements == Elements::kMixed) {
     const Shape shape = IsComplex(p) ? Shape{1, 16, 1} : Shape{2, 8, 1};
@@ -101,6 +101,7 @@ Plan Plan::Backward(const Problem& p, Elements elements) {
     return Cut(p, {{shape, 384, 1, 12.0, 0.0}});
   }
   if (p.dstate > 16) return Cut(p, {{{2, 8, 2}, 384, 1, 4.9, 0.0}});
+  if (little_shared) return Cut(p, {{{4, 4, 2}, 128, 1, 6.1, 0.0}});
   return Cut(p, {{{2, 8, 2}, 384, 1, 4.9, 0.0}, {{4, 4, 2}, 128, 2, 6.1, 1.0}});
 }
 
@@ -114,7 +115,9 @@ int64_t ForwardWorkspace::Enough(const Problem& p) {
 int64_t BackwardWorkspace::Enough(const Problem& p) {
   int64_t enough = 0;
   for (Elements elements : {Elements::kMixed, Elements::kFloat, Elements::kBfloat})
-    enough = std::max(enough, BackwardWorkspace(p, Plan::Backward(p, elements)).bytes);
+    for (bool little_shared : {false, true})
+      enough =
+          std::max(enough, BackwardWorkspace(p, Plan::Backward(p, elements, little_shared)).bytes);
   return enough;
 }
 
@@ -194,8 +197,10 @@ Elements PlainElements(const Forward& p) {
   return Plain(p, {o.u, o.delta, o.B, o.C, o.z, p.out});
 }
 
-Elements PlainElements(const Backward& p) {
+Elements PlainElements(const Backward& p, bool little_shared) {
   const Operands &o = p.operands, &ct = p.cotangents;
+  // States that wait are the plain kernels' most hungry case.
+  if (little_shared && p.dstate > 16) return Elements::kMixed;
   return Plain(p, {o.u, o.delta, o.B, o.C, o.z, p.out_cotangent, ct.u, ct.delta, ct.B, ct.C, ct.z});
 }
 

@@ -21,8 +21,8 @@ constexpr int kLongSpan = 512;
 constexpr int64_t kMostStates = 1024;
 // Of those kernels that have no shared memory to spare for more.
 constexpr int64_t kMostPlainStates = 128;
-// Shared memory that a block can have, of an H100 or H200.
-constexpr int64_t kSharedBytes = 227 * 1024;
+// Shared memory that a block can have, of an H100 or H200 and of an A100.
+constexpr int64_t kSharedBytes = 227 * 1024, kLittleSharedBytes = 163 * 1024;
 
 // How the elements of some arrays are stored: all in one dtype, or in one each.
 enum class Elements { kMixed, kFloat, kBfloat, kHalf };
@@ -48,8 +48,9 @@ struct Plan {
   int state_groups;  // groups of states taken in turn
 
   // elements: what PlainElements says.
+  // little_shared: a block has less than kSharedBytes.
   static Plan Forward(const Problem& p, Elements elements);
-  static Plan Backward(const Problem& p, Elements elements);
+  static Plan Backward(const Problem& p, Elements elements, bool little_shared);
 };
 
 // Parts of the workspace, in bytes from its start. All numbers are float or Complex of them.
@@ -80,6 +81,6 @@ struct BackwardWorkspace {
 // The dtype that all arrays along the sequence share, where the case is plain and neighbours in
 // memory may be moved two at a time; kMixed otherwise.
 Elements PlainElements(const Forward& p);
-Elements PlainElements(const Backward& p);
+Elements PlainElements(const Backward& p, bool little_shared);
 
 }  // namespace jax_sscan::gpu

@@ -96,6 +96,14 @@ __device__ inline void CopyAsync(void* to, const void* from, bool exists) {
 __device__ inline void SendCopies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 __device__ inline void WaitForCopies() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
 
+// Shared memory that a block of the current device can have at most.
+inline int64_t SharedBytesOfBlock() {
+  int device = 0, bytes = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return bytes;
+}
+
 // Lets a kernel take more dynamic shared memory than the 48 KB that need no asking.
 template <typename Kernel>
 inline Error AllowSharedBytes(Kernel* kernel, int bytes) {
