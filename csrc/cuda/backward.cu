@@ -119,6 +119,7 @@ __global__ void __launch_bounds__(kWalkers + kStagers, kWalkers == 128 ? 2 : 1)
   constexpr int kStep = Shared::kStep, kRow = Shared::kRow;
   extern __shared__ char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
+  static_assert(kStagers || !kWaits);
   const int groups = kWaits ? plan.state_groups : 1;
   const bool waits = groups > 1;
 
@@ -428,8 +429,7 @@ __global__ void __launch_bounds__(kWalkers + kStagers, kWalkers == 128 ? 2 : 1)
       for (int j = 0; j < kPerLane; ++j) body(i, j);
   };
   // What groups of states have come to while they wait their turn: (blocks, groups, kArrays,
-  // kStates
-  // * kPerLane, walkers).
+  // kStates, kPerLane, walkers). Every lane writes and reads its own.
   enum { kRate, kAdjoint, kDA, kDB, kDC, kArrays };
   static_assert(kArrays == BackwardWorkspace::kWaitingArrays);
   [[maybe_unused]] Number* const waiting =
