@@ -6,8 +6,8 @@
 // that are not there are 0.
 //
 // Each thread moves the same few pairs of neighbours in memory of every tile: two lines of a step,
-// or two steps of a line. It loads the next tile's into registers while the block computes, so that
-// no one waits for memory.
+// or two steps of a line. The next tile's are on their way to shared memory while the block
+// computes, so that no one waits for memory.
 #pragma once
 
 #include <numeric>
@@ -130,7 +130,8 @@ __device__ inline Lines ProjectionLines(const Problem& p, const Block& block) {
 
 // kPad: cells to a row of shared memory beyond its lines, against bank conflicts. Pairs stay
 // aligned. kElements: where it is one dtype, pairs exist or lack as one and are aligned; where it
-// is kMixed, arrays have a dtype each and elements move one by one.
+// is kMixed, arrays have a dtype each and elements move one by one. kFirst: the first of the
+// threads that move it.
 template <int kThreads, int kLines, int kPad, Elements kElements, Layout kLayout, int kFirst = 0>
 class Tile {
  public:
@@ -174,8 +175,7 @@ class Tile {
       next_offset_ = kThreads / kNear, next_line_ = 0;
     }
     start_ += offset_ * step_ + line_ * stride_;
-    next_element_ =
-        static_cast<Offset>(OffsetTo(kAcross) * step_ + (kAcross > 1 ? 0 : LineTo(1)) * stride_);
+    next_element_ = static_cast<Offset>(OffsetTo(kAcross) * step_ + LineTo(kAcross) * stride_);
     cell_ = (reversed ? kTile - 1 - offset_ : offset_) * kRow + line_;
     row_ = reversed ? -kRow : kRow;
   }
