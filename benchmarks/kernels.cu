@@ -141,7 +141,7 @@ void Run(const Shape& shape, DataType dtype, bool channel_last) {
   const double back = Microseconds([&](auto s) { return gpu::LaunchBackward(backward, s); });
 
   const gpu::Plan there = gpu::Plan::Forward(p, gpu::PlainElements(forward)),
-                  home = gpu::Plan::Backward(p, gpu::PlainElements(backward, false), false);
+                  home = gpu::Plan::Backward(p, gpu::PlainElements(backward), false);
   auto describe = [](const gpu::Plan& plan) {
     return "{" + std::to_string(plan.shape.states) + ", " + std::to_string(plan.shape.lanes) +
            ", " + std::to_string(plan.shape.channels) + "} x " + std::to_string(plan.blocks) +

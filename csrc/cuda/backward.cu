@@ -880,7 +880,8 @@ Error LaunchSums(const Backward& p, const Plan& plan, const BackwardWorkspace& w
 
 Error LaunchBackward(const Backward& p, Stream stream) {
   const bool little_shared = SharedBytesOfBlock() < kSharedBytes;
-  const Elements elements = PlainElements(p, little_shared);
+  // The plain kernel for states taken in turn is one of those that want more.
+  const Elements elements = little_shared && p.dstate > 16 ? Elements::kMixed : PlainElements(p);
   const Plan plan = Plan::Backward(p, elements, little_shared);
   const BackwardWorkspace workspace(p, plan);
   char* base = static_cast<char*>(p.workspace.data);

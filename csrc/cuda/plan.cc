@@ -197,10 +197,8 @@ Elements PlainElements(const Forward& p) {
   return Plain(p, {o.u, o.delta, o.B, o.C, o.z, p.out});
 }
 
-Elements PlainElements(const Backward& p, bool little_shared) {
+Elements PlainElements(const Backward& p) {
   const Operands &o = p.operands, &ct = p.cotangents;
-  // States that wait are the plain kernels' most hungry case.
-  if (little_shared && p.dstate > 16) return Elements::kMixed;
   return Plain(p, {o.u, o.delta, o.B, o.C, o.z, p.out_cotangent, ct.u, ct.delta, ct.B, ct.C, ct.z});
 }
 

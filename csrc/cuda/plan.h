@@ -81,6 +81,6 @@ struct BackwardWorkspace {
 // The dtype that all arrays along the sequence share, where the case is plain and neighbours in
 // memory may be moved two at a time; kMixed otherwise.
 Elements PlainElements(const Forward& p);
-Elements PlainElements(const Backward& p, bool little_shared);
+Elements PlainElements(const Backward& p);
 
 }  // namespace jax_sscan::gpu
