@@ -518,16 +518,18 @@ __global__ void __launch_bounds__(kWalkers + kStagers, kWalkers == 128 ? 2 : 1)
 
   int parity = 0, turn = 0;  // of the sequences and projections that are walked
   for (int tile = last_tile - 1; tile >= first_tile; --tile, parity ^= 1) {
-    const Rows previous = rows_of(tile + 1), rows = rows_of(tile), next = rows_of(tile - 1);
+    // Without stagers, what is finished and what is staged between the steps; their states are one
+    // group.
+    [[maybe_unused]] const Rows previous = rows_of(tile + 1), next = rows_of(tile - 1);
     const Staged& staged = shared.sequences[parity];
-    Staged& staging = shared.sequences[parity ^ 1];
+    [[maybe_unused]] Staged& staging = shared.sequences[parity ^ 1];
     float* const to_sums = sums_of_lane + (kStagers ? parity * Shared::kAllSums : 0);
     [[maybe_unused]] float* const sums_of_tile = shared.sums[kStagers ? parity : 0];
     for (int group = 0; group < groups; ++group, turn ^= 1) {
       const bool last_group = group + 1 == groups;
       const int next_group = last_group ? 0 : group + 1;
-      StagedProjections& staged_projections = shared.projections[turn];
-      StagedProjections& staging_projections = shared.projections[turn ^ 1];
+      const StagedProjections& staged_projections = shared.projections[turn];
+      [[maybe_unused]] StagedProjections& staging_projections = shared.projections[turn ^ 1];
       if (!tile && o.initial_state.data) load_initial_state(group);
       Number history[kTile + 1][kStates][kPerLane];
       each([&](int i, int j) { history[0][i][j] = entering[i][j]; });
@@ -545,18 +547,17 @@ __global__ void __launch_bounds__(kWalkers + kStagers, kWalkers == 128 ? 2 : 1)
       // What was staged is there, and so are all sums of the walk before; everyone is done with
       // what lay where now is staged.
       Meet<kWalkers + kStagers>();
+      const uint32_t restarts = !kPlain && p.has_segments ? staged.restarts : 0;
       if constexpr (!kStagers) {
         // Loaded here, staged in the second half of the walk back.
-        if (last_group) load_sequences(next);
-        load_projections(last_group ? next : rows, next_group);
+        load_sequences(next);
+        load_projections(next, 0);
+        if (!kPlain) {
+          stage_fixed(0, staging_projections);
+          stage_restarts(next, staging);
+        }
+        finish_projections(previous, 0);
       }
-      const uint32_t restarts = !kPlain && p.has_segments ? staged.restarts : 0;
-      if (!kPlain && !kStagers) {
-        stage_fixed(next_group, staging_projections);
-        if (last_group) stage_restarts(next, staging);
-      }
-      if constexpr (!kStagers)
-        finish_projections(group ? rows : previous, group ? group - 1 : groups - 1);
 
       // B or C of a row, for a lane's states and channels; a fixed one differs between channels.
       auto load = [&](const Number* from, bool varies, int row, Number(&to)[kStates][kPerLane]) {
@@ -581,7 +582,7 @@ __global__ void __launch_bounds__(kWalkers + kStagers, kWalkers == 128 ? 2 : 1)
         Number b[kStates][kPerLane];
         load(staged_projections.B, B_varies, t, b);
         if constexpr (!kStagers)
-          if (t % 2 && t / 2 < kPairs && !group) finish(previous, t / 2, staging, shared.sums[0]);
+          if (t % 2 && t / 2 < kPairs) finish(previous, t / 2, staging, shared.sums[0]);
         each([&](int i, int j) {
           Number h = history[t][i][j];
           if constexpr (!kPlain) h = Unless(restarts & 1u << t, h);
@@ -645,7 +646,7 @@ __global__ void __launch_bounds__(kWalkers + kStagers, kWalkers == 128 ? 2 : 1)
         }
       };
 
-      // All sums of the walk before have been used.
+      // The sums of the walk before that are made anew now have been used.
       Meet<kWalkers + kStagers, 2>();
 
       // A step is summed while the next is computed: the loads of the next come first, since the
@@ -659,7 +660,7 @@ __global__ void __launch_bounds__(kWalkers + kStagers, kWalkers == 128 ? 2 : 1)
         if (i == 0) load_states(last_group ? tile - 1 : tile, next_group);
         if constexpr (!kStagers) {
           if (i == 0) WaitForCopies();
-          if (i < kPairs && last_group) stage_sequences(next, i, take_sequences(i), staging);
+          if (i < kPairs) stage_sequences(next, i, take_sequences(i), staging);
           if (i >= kPairs && i < kJobs)
             stage_varying(i - kPairs, take_projections(i - kPairs), staging_projections);
         }
@@ -727,7 +728,7 @@ __global__ void __launch_bounds__(kWalkers + kStagers, kWalkers == 128 ? 2 : 1)
   }
   Meet<kWalkers + kStagers>();
   if constexpr (!kStagers) {
-    finish_projections(rows_of(first_tile), groups - 1);
+    finish_projections(rows_of(first_tile), 0);
 #pragma unroll
     for (int k = 0; k < kPairs; ++k)
       finish(rows_of(first_tile), k, shared.sequences[parity ^ 1], shared.sums[0]);

@@ -1,6 +1,7 @@
 // How a problem is cut up for the GPU, and what its kernels share in workspace. The same plan is
 // made where XLA is told of the workspace (Python, no GPU needed) and where kernels start, so that
-// it may depend on sizes, layout and which operands vary, not on delta_softplus or reverse.
+// it may depend on sizes, layout and which operands vary, not on delta_softplus or reverse. Dtypes
+// and the GPU's shared memory are known only in the second place: the first allows for all of them.
 #pragma once
 
 #include "ffi/scan.h"
