@@ -48,8 +48,8 @@ struct BackwardShared {
   static constexpr bool kPlain = kElements != Elements::kMixed;
   // Those who stage come after those who walk, or are the same.
   static constexpr int kStaging = kStagers ? kStagers : kWalkers, kFirst = kStagers ? kWalkers : 0;
-  using Sequences = Tile<kStaging, kChannels, 2, kElements, kLayout, kFirst>;
-  using Projections = Tile<kStaging, kGroup * kParts, 4, kElements, kLayout, kFirst>;
+  using Sequences = Tile<kStaging, kChannels, 2, kElements, kLayout>;
+  using Projections = Tile<kStaging, kGroup * kParts, 4, kElements, kLayout>;
   static constexpr int kStep = Sequences::kRow, kRow = Projections::kRow / kParts;
   static constexpr int kRows = kPlain || kTile > kChannels ? kTile : kChannels;
   // 8 more, so that lanes that store different sums use different banks.
@@ -126,8 +126,10 @@ __global__ void __launch_bounds__(kWalkers + kStagers, kWalkers == 128 ? 2 : 1)
   const Operands& o = p.operands;
   const Block block(p, plan);
   constexpr int kPairs = Sequences::kCount, kProjectionPairs = Projections::kCount;
-  const Sequences sequences(SequenceLines(p, block), p.reverse);
-  const Projections projections(ProjectionLines<kParts>(p, block), p.reverse);
+  // Of those who stage.
+  const int stager = static_cast<int>(threadIdx.x) - Shared::kFirst;
+  const Sequences sequences(SequenceLines(p, block), p.reverse, stager);
+  const Projections projections(ProjectionLines<kParts>(p, block), p.reverse, stager);
   StageVectors<kWalkers + kStagers, kChannels>(p, block, shared.vectors);
   const bool B_varies = kPlain || p.B_varies, C_varies = kPlain || p.C_varies;
   const bool has_z = o.z.data != nullptr;
@@ -218,8 +220,8 @@ __global__ void __launch_bounds__(kWalkers + kStagers, kWalkers == 128 ? 2 : 1)
   };
   auto stage_fixed = [&](int group, StagedProjections& to) {
     auto stage = [&](const Array& from, Number* at) {
-      StageFixed<Number, Shared::kStaging, kChannels, kGroup, kRow, Shared::kFirst>(
-          p, block, from, group * kGroup, at);
+      StageFixed<Number, Shared::kStaging, kChannels, kGroup, kRow>(p, block, from, group * kGroup,
+                                                                    stager, at);
     };
     if (!B_varies) stage(o.B, to.B);
     if (!C_varies) stage(o.C, to.C);
@@ -234,7 +236,7 @@ __global__ void __launch_bounds__(kWalkers + kStagers, kWalkers == 128 ? 2 : 1)
     constexpr int kSums = kTile * kGroup;
 #pragma unroll
     for (int i0 = 0; i0 < kSums; i0 += Shared::kStaging) {
-      const int i = i0 + static_cast<int>(threadIdx.x) - Shared::kFirst;
+      const int i = i0 + stager;
       const int offset = p.channel_last ? i / kGroup : i % kTile;
       const int n = p.channel_last ? i % kGroup : i / kTile;
       if (i >= kSums || offset >= rows.steps || group * kGroup + n >= p.dstate) continue;
@@ -323,7 +325,7 @@ __global__ void __launch_bounds__(kWalkers + kStagers, kWalkers == 128 ? 2 : 1)
       reinterpret_cast<float*>(base + workspace.d_bias)[to] = bias;
     }
   };
-  if (static_cast<int>(threadIdx.x) >= Shared::kFirst) {
+  if (stager >= 0) {
     load_sequences(rows_of(last_tile - 1));
     load_projections(rows_of(last_tile - 1), 0);
   }

@@ -96,9 +96,15 @@ __global__ void __launch_bounds__(2 * kWalkers, kThreadsTogether / (2 * kWalkers
       first_tile + plan.span_tiles < plan.tiles ? first_tile + plan.span_tiles : plan.tiles;
   __syncthreads();
 
-  if (threadIdx.x < kStagers) {
-    const Sequences sequences(SequenceLines(p, block), p.reverse);
-    const Projections projections(ProjectionLines<kParts>(p, block), p.reverse);
+  // Stagers come first. Warps are dealt to the four schedulers in turn; where there are five of a
+  // kind, the two walkers on one scheduler are to have it for themselves, for which the fourth warp
+  // takes the place of the sixth.
+  int thread = static_cast<int>(threadIdx.x);
+  if (kWalkers == 5 * kWarp && (thread / kWarp == 3 || thread / kWarp == 5)) thread ^= 6 * kWarp;
+
+  if (thread < kStagers) {
+    const Sequences sequences(SequenceLines(p, block), p.reverse, thread);
+    const Projections projections(ProjectionLines<kParts>(p, block), p.reverse, thread);
     constexpr int kPairs = Sequences::kCount;
     // D and delta_bias of the elements that this thread stages.
     float2 D[kPairs] = {}, delta_bias[kPairs] = {};
@@ -112,28 +118,35 @@ __global__ void __launch_bounds__(2 * kWalkers, kThreadsTogether / (2 * kWalkers
       return Rows(p, plan, tile, p.reverse, first_tile <= tile && tile < last_tile);
     };
 
-    // What is sent for, staged and finished next: tiles, and groups of states of them.
-    int sent_tile = first_tile, sent_group = 0, staged_tile = first_tile, staged_group = 0;
-    auto advance = [&](int& tile, int& group) {
-      if (++group == groups) group = 0, ++tile;
-    };
-    int64_t sent_sequences = sequences.At(rows_of(first_tile)), finished = sent_sequences;
-    int64_t sent_projections = projections.At(rows_of(first_tile));
+    // What was sent for last: a tile, and a group of states of it.
+    struct {
+      int tile, group;
+    } sent{first_tile, -1};
+    // Of that tile, and of those that were staged last and, before, walked. The general kernel
+    // lacks the registers to keep them.
+    Rows sent_rows = rows_of(first_tile), staged_rows = sent_rows, walked_rows = sent_rows;
+    auto rows_or = [&](const Rows& kept, int tile) { return kPlain ? kept : rows_of(tile); };
+    int64_t sent_sequences = sequences.At(sent_rows), finished = sent_sequences;
+    int64_t sent_projections = projections.At(sent_rows);
     auto send = [&] {
-      const Rows rows = rows_of(sent_tile);
-      if (sent_group == 0) {
+      if (++sent.group == groups) {
+        ++sent.tile;
+        sent.group = 0;
+        sent_rows = rows_of(sent.tile);
+      }
+      const Rows rows = rows_or(sent_rows, sent.tile);
+      if (sent.group == 0) {
         sequences.Prefetch(o.u, sent_sequences, rows, shared.u);
         sequences.Prefetch(o.delta, sent_sequences, rows, shared.delta);
         sequences.Prefetch(o.z, sent_sequences, rows, shared.z, 0, has_z);
         sent_sequences += sequences.Stride();
       }
-      const int line = sent_group * kGroup * kParts;
+      const int line = sent.group * kGroup * kParts;
       const int64_t at = groups > 1 ? projections.At(rows, line) : sent_projections;
       projections.Prefetch(o.B, at, rows, shared.B, line, B_varies);
       projections.Prefetch(o.C, at, rows, shared.C, line, C_varies);
       SendCopies();
       sent_projections += projections.Stride();
-      advance(sent_tile, sent_group);
     };
     auto stage_pair = [&](const Rows& rows, int k, uint2 u, uint2 delta, uint2 z,
                           typename Shared::Staged& to) {
@@ -153,36 +166,35 @@ __global__ void __launch_bounds__(2 * kWalkers, kThreadsTogether / (2 * kWalkers
         const float2 x = sequences.Widen(z, o.z);
         gate = {x.x * Sigmoid<kExact<kElements>>(x.x), x.y * Sigmoid<kExact<kElements>>(x.y)};
       }
-      to.gates[k * kStagers + threadIdx.x] = {gate.x * kParts, D[k].x * input.x * gate.x,
-                                              gate.y * kParts, D[k].y * input.y * gate.y};
+      to.gates[sequences.Index(k)] = {gate.x * kParts, D[k].x * input.x * gate.x, gate.y * kParts,
+                                      D[k].y * input.y * gate.y};
     };
     // What was sent for is in registers before the next is sent for, into the same slots: then that
     // has a whole tile's time to come.
     auto stage = [&] {
-      const Rows rows = rows_of(staged_tile);
-      const int tile = staged_tile - first_tile, group = staged_group;
-      typename Sequences::Raw u{}, delta{}, z{};
-      typename Projections::Raw B{}, C{};
-      auto take = [](const auto& lines, const auto* slots, auto& to, bool wanted) {
-        if (!wanted) return;
-#pragma unroll
-        for (int k = 0; k < lines.kCount; ++k) to.pair[k] = lines.Take(slots, k);
-      };
+      const Rows rows = rows_or(sent_rows, sent.tile);
+      const int tile = sent.tile - first_tile, group = sent.group;
+      typename Sequences::Raw u, delta, z;
       WaitForCopies();
-      take(sequences, shared.u, u, group == 0);
-      take(sequences, shared.delta, delta, group == 0);
-      take(sequences, shared.z, z, group == 0);
-      take(projections, shared.B, B, B_varies);
-      take(projections, shared.C, C, C_varies);
+      if (group == 0) {
+        u = sequences.TakeAll(shared.u);
+        delta = sequences.TakeAll(shared.delta);
+        z = sequences.TakeAll(shared.z);
+      }
+      typename Projections::Raw B, C;
+      if (B_varies) B = projections.TakeAll(shared.B);
+      if (C_varies) C = projections.TakeAll(shared.C);
       send();
       if (group == 0) {
+        walked_rows = staged_rows;
+        staged_rows = rows;
         typename Shared::Staged& to = shared.sequences[tile & 1];
 #pragma unroll
         for (int k = 0; k < kPairs; ++k)
           stage_pair(rows, k, u.pair[k], delta.pair[k], z.pair[k], to);
-        if (!kPlain && p.has_segments && threadIdx.x < kWarp) {
+        if (!kPlain && p.has_segments && thread < kWarp) {
           const uint32_t restarts = Restarts(p, block.row, rows);
-          if (threadIdx.x == 0) to.restarts = restarts;
+          if (thread == 0) to.restarts = restarts;
         }
       }
       auto stage_projection = [&](const Array& from, bool varies,
@@ -194,22 +206,22 @@ __global__ void __launch_bounds__(2 * kWalkers, kThreadsTogether / (2 * kWalkers
             projections.Put(reinterpret_cast<float*>(to), k, x.x, x.y);
           }
         } else {
-          StageFixed<Number, kStagers, kChannels, kGroup, kRow>(p, block, from, group * kGroup, to);
+          StageFixed<Number, kStagers, kChannels, kGroup, kRow>(p, block, from, group * kGroup,
+                                                                thread, to);
         }
       };
       typename Shared::StagedProjections& to = shared.projections[(tile * groups + group) & 1];
       stage_projection(o.B, B_varies, B, to.B);
       stage_projection(o.C, C_varies, C, to.C);
-      advance(staged_tile, staged_group);
     };
     auto finish = [&](int tile) {
-      const Rows rows = rows_of(tile);
+      const Rows rows = rows_or(walked_rows, tile);
       const typename Shared::Staged& from = shared.sequences[(tile - first_tile) & 1];
 #pragma unroll
       for (int k = 0; k < kPairs; ++k) {
         if (!sequences.Mine(k)) continue;
         const float2 y = sequences.Get(from.y, k);
-        const float4 gate = from.gates[k * kStagers + threadIdx.x];
+        const float4 gate = from.gates[sequences.Index(k)];
         sequences.Store(p.out, finished, rows, k, fmaf(y.x, gate.x, gate.y),
                         fmaf(y.y, gate.z, gate.w));
       }
@@ -230,7 +242,7 @@ __global__ void __launch_bounds__(2 * kWalkers, kThreadsTogether / (2 * kWalkers
     return;
   }
 
-  const int walker = LanePlace(threadIdx.x - kStagers);
+  const int walker = LanePlace(thread - kStagers);
   const int lane = walker % kLanes, channel = walker / kLanes * kPerLane;
   // Only where there are several groups of states: (groups, kPerLane, kStates, walkers).
   Number* waiting = reinterpret_cast<Number*>(memory + sizeof(Shared)) + walker;

@@ -181,11 +181,11 @@ Elements Plain(const Problem& p, std::initializer_list<Array> arrays) {
   const bool projections_even = (p.channel_last ? p.dstate : p.length) % 2 == 0;
   // The forward kernels of the plain case have less shared memory to spare for waiting states.
   const bool few_states = p.dstate <= kMostPlainStates;
-  // Offsets within a tile of at most 256 lines must fit 32 bits.
+  // Offsets within a tile, in bytes, must fit 32 bits.
   const int64_t widest =
-      p.channel_last ? kTile * std::max(p.dim, p.groups * p.dstate) : 256 * p.length;
+      p.channel_last ? kTile * std::max(p.dim, p.groups * p.dstate) : kMostPlainLines * p.length;
   const bool plain = p.B_varies && p.C_varies && !p.has_segments && !IsComplex(p) && few_states &&
-                     widest < int64_t{1} << 31;
+                     widest < int64_t{1} << 30;
   return plain && sequences_even && projections_even && PairsAligned(arrays) ? ElementsOf(arrays)
                                                                              : Elements::kMixed;
 }

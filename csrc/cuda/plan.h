@@ -22,6 +22,8 @@ constexpr int kLongSpan = 512;
 constexpr int64_t kMostStates = 1024;
 // Of those kernels that have no shared memory to spare for more.
 constexpr int64_t kMostPlainStates = 128;
+// Lines of their tiles, at most.
+constexpr int64_t kMostPlainLines = 128;
 // Shared memory that a block can have, of an H100 or H200 and of an A100.
 constexpr int64_t kSharedBytes = 227 * 1024, kLittleSharedBytes = 163 * 1024;
 

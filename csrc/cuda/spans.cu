@@ -9,10 +9,10 @@
 // (b, d, t, n): one exp2, two multiplies, one FMA. A span in which the state starts anew passes
 // nothing on: its sum is marked by a NaN.
 //
-// A state forgets: where no decay can exceed 1 (softplus, and no A above 0), the tiles of a long
-// span are taken from its end backwards, and what a tile leaves is scaled by the decay of the tiles
+// A state forgets: where no decay can exceed 1 (softplus, and no A above 0), a long span is taken
+// in stretches from its end backwards, and what a stretch leaves is scaled by the decay of those
 // after it. Once that is below 2^-126 for every state of a block, nothing before can show in the
-// result, and the block is done. It costs an exponential a tile and state.
+// result, and the block is done. It costs an exponential a stretch and state.
 #include <cfloat>
 #include <type_traits>
 
@@ -23,6 +23,9 @@ namespace jax_sscan::gpu {
 namespace {
 
 constexpr int kWalkers = 128, kStagers = 128, kThreads = kWalkers + kStagers;
+// Tiles after which a block asks itself whether it has forgotten what came before: all wait for the
+// answer.
+constexpr int kStretch = 8;
 
 // 16 states at a time, on as few lanes as registers allow.
 template <typename Number>
@@ -100,9 +103,12 @@ __global__ void __launch_bounds__(kThreads)
     Meet<kThreads>();
   }
 
+  const int turns = forgets ? (tiles + kStretch - 1) / kStretch * kStretch : tiles;
+
   if (walker < 0) {
-    const Sequences sequences(SequenceLines(p, block), reversed);
-    const Projections projections(ProjectionLines<kParts>(p, block), reversed);
+    const int stager = static_cast<int>(threadIdx.x);
+    const Sequences sequences(SequenceLines(p, block), reversed, stager);
+    const Projections projections(ProjectionLines<kParts>(p, block), reversed, stager);
     const bool has_z = kBackward && o.z.data != nullptr;
     const Array& from_input = [&]() -> const Array& {
       if constexpr (kBackward)
@@ -111,7 +117,8 @@ __global__ void __launch_bounds__(kThreads)
         return o.u;
     }();
     auto rows_of = [&](int i) {
-      if (forgets) i = tiles - 1 - i;
+      // The last stretch may begin before the span.
+      if (forgets) i = tiles - (i / kStretch + 1) * kStretch + i % kStretch;
       Rows rows(p, plan, first_tile + (kBackward ? tiles - 1 - i : i), p.reverse,
                 0 <= i && i < tiles);
       rows.reversed = reversed;
@@ -138,18 +145,15 @@ __global__ void __launch_bounds__(kThreads)
     // As in the forward kernel: what was sent for is in registers before the next is sent for.
     auto stage = [&] {
       const Rows rows = rows_of(staged_tile);
-      typename Sequences::Raw delta{}, input{}, z{};
-      typename Projections::Raw B{};
-      auto take = [](const auto& tile, const auto* slots, auto& to, bool wanted) {
-        if (!wanted) return;
-#pragma unroll
-        for (int k = 0; k < tile.kCount; ++k) to.pair[k] = tile.Take(slots, k);
-      };
+      typename Sequences::Raw delta, input, z;
       WaitForCopies();
-      take(sequences, shared.delta, delta, staged_group == 0);
-      take(sequences, shared.input, input, staged_group == 0);
-      take(sequences, shared.z, z, staged_group == 0 && has_z);
-      take(projections, shared.next_B, B, varies);
+      if (staged_group == 0) {
+        delta = sequences.TakeAll(shared.delta);
+        input = sequences.TakeAll(shared.input);
+        if (has_z) z = sequences.TakeAll(shared.z);
+      }
+      typename Projections::Raw B;
+      if (varies) B = projections.TakeAll(shared.next_B);
       send();
       if (staged_group == 0) {
         const int to = staged_tile & 1;
@@ -176,9 +180,9 @@ __global__ void __launch_bounds__(kThreads)
           if constexpr (kBackward) in = {in.x * kParts, in.y * kParts};
           sequences.Put(shared.steps[to], k, {value.x, in.x}, {value.y, in.y});
         }
-        if (!kPlain && p.has_segments && threadIdx.x < kWarp) {
+        if (!kPlain && p.has_segments && stager < kWarp) {
           const uint32_t restarts = Restarts(p, block.row, rows);
-          if (threadIdx.x == 0) shared.restarts[to] = restarts;
+          if (stager == 0) shared.restarts[to] = restarts;
         }
       }
       Number* const to = shared.B[(staged_tile * groups + staged_group) & 1];
@@ -190,14 +194,14 @@ __global__ void __launch_bounds__(kThreads)
         }
       } else {
         StageFixed<Number, kStagers, kChannels, kGroup, kRow>(p, block, from_B,
-                                                              staged_group * kGroup, to);
+                                                              staged_group * kGroup, stager, to);
       }
       advance(staged_tile, staged_group);
     };
     send();
     stage();
-    for (int i = 0; i < tiles * groups; ++i) {
-      if constexpr (kForgets) {
+    for (int i = 0; i < turns * groups; ++i) {
+      if (kForgets && i % kStretch == 0) {
         if (!MeetAny<kThreads>(false)) break;
       } else {
         Meet<kThreads>();
@@ -207,7 +211,7 @@ __global__ void __launch_bounds__(kThreads)
     return;
   }
 
-  // h: the state at the end of all tiles so far, or, from the end backwards, of the last one alone.
+  // h: the state at the end of all tiles so far, or of those of a stretch.
   Number h[kStates];
   // Only where there are several groups of states: (groups, kStates, walkers).
   Number* waiting = reinterpret_cast<Number*>(memory + sizeof(Shared)) + walker;
@@ -216,6 +220,7 @@ __global__ void __launch_bounds__(kThreads)
   if (groups > 1)
     for (int i = 0; i < groups * kStates; ++i) waiting[i * kWalkers] = Number{};
   float sum = 0.0f;
+  [[maybe_unused]] float stretch_sum = 0.0f;
   bool restarted = false, remembers = true, done = false;
   [[maybe_unused]] Number total[kStates], weight[kStates];
   if constexpr (kForgets) {
@@ -227,7 +232,7 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   int turn = 0;  // of B's buffers
-  for (int tile = 0; tile < tiles && !done; ++tile) {
+  for (int tile = 0; tile < turns && !done; ++tile) {
     const float2* steps = shared.steps[tile & 1];
     uint32_t restarts = 0;
     float tile_sum = 0.0f;
@@ -237,7 +242,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
         for (int i = 0; i < kStates; ++i) h[i] = waiting[(group * kStates + i) * kWalkers];
       }
-      if constexpr (kForgets) {
+      if (kForgets && tile % kStretch == 0) {
         done = !MeetAny<kThreads>(remembers);
         if (done) break;
       } else {
@@ -271,16 +276,18 @@ __global__ void __launch_bounds__(kThreads)
     sum += tile_sum;
     restarted |= restarts != 0;
     if constexpr (kForgets) {
-      if (forgets && !done) {
+      stretch_sum += tile_sum;
+      if (forgets && !done && (tile + 1) % kStretch == 0) {
         remembers = false;
 #pragma unroll
         for (int i = 0; i < kStates; ++i) {
           total[i] = fmaf(weight[i], h[i], total[i]);
-          weight[i] *= Decay(rate[i], tile_sum);
+          weight[i] *= Decay(rate[i], stretch_sum);
           // Not 0: a product of smaller numbers may round back up for ever. A NaN remembers.
           remembers |= !(weight[i] < FLT_MIN);
           h[i] = 0.0f;
         }
+        stretch_sum = 0.0f;
       }
     }
   }

@@ -130,13 +130,15 @@ __device__ inline Lines ProjectionLines(const Problem& p, const Block& block) {
 
 // kPad: cells to a row of shared memory beyond its lines, against bank conflicts. Pairs stay
 // aligned. kElements: where it is one dtype, pairs exist or lack as one and are aligned; where it
-// is kMixed, arrays have a dtype each and elements move one by one. kFirst: the first of the
-// threads that move it.
-template <int kThreads, int kLines, int kPad, Elements kElements, Layout kLayout, int kFirst = 0>
+// is kMixed, arrays have a dtype each and elements move one by one.
+template <int kThreads, int kLines, int kPad, Elements kElements, Layout kLayout>
 class Tile {
  public:
   static constexpr bool kRegular = kElements != Elements::kMixed;
+  // Offsets in memory count bytes where the dtype is known to the code, elements where it is not.
+  static constexpr int kUnit = kElements == Elements::kFloat ? 4 : kRegular ? 2 : 1;
   // Within a tile; 32 bits do for regular ones, see PlainElements.
+  static_assert(!kRegular || kLines <= kMostPlainLines);
   using Offset = std::conditional_t<kRegular, uint32_t, int64_t>;
   static constexpr int kRow = kLines + kPad;
   static constexpr int kCells = kTile * kRow;
@@ -151,10 +153,12 @@ class Tile {
     uint2 pair[kCount];
   };
 
-  __device__ Tile(const Lines& lines, bool reversed)
-      : start_(lines.start),
-        step_(lines.step),
-        stride_(lines.stride),
+  // thread: of the kThreads that move it.
+  __device__ Tile(const Lines& lines, bool reversed, int thread)
+      : thread_(thread),
+        start_(lines.start * kUnit),
+        step_(lines.step * kUnit),
+        stride_(lines.stride * kUnit),
         count_(lines.count),
         reversed_(reversed),
         pairs_are_steps_(lines.pairs_are_steps) {
@@ -181,9 +185,7 @@ class Tile {
   }
 
   // Of pair k of the calling thread, among all.
-  __device__ int Index(int k) const {
-    return k * kThreads + static_cast<int>(threadIdx.x) - kFirst;
-  }
+  __device__ int Index(int k) const { return k * kThreads + thread_; }
   __device__ bool Mine(int k) const { return kPairs % kThreads == 0 || Index(k) < kPairs; }
   // In shared memory, of element e (0 or 1) of pair k.
   __device__ int Cell(int k, int e) const {
@@ -206,54 +208,36 @@ class Tile {
   }
   __device__ int64_t Stride() const { return reversed_ ? -kTile * step_ : kTile * step_; }
 
-  // at: as At gives for those rows and lines.
-  __device__ void Load(const Array& from, int64_t at, const Rows& rows, Raw* raw,
-                       int first_line = 0, bool wanted = true) const {
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-      const int64_t i = at + ElementTo(k);
-      const bool first = wanted && Exists(k, 0, rows, first_line),
-                 second = wanted && Exists(k, 1, rows, first_line);
-      uint2 pair{0, 0};
-      if constexpr (kElements == Elements::kFloat) {
-        const float* data = static_cast<const float*>(from.data) + i;
-        if (first) pair = __ldg(reinterpret_cast<const uint2*>(data));
-      } else if constexpr (kRegular) {
-        const uint16_t* data = static_cast<const uint16_t*>(from.data) + i;
-        if (first) pair.x = __ldg(reinterpret_cast<const uint32_t*>(data));
-      } else if (from.dtype == DataType::F32 || from.dtype == DataType::C64) {
-        const uint32_t* data = static_cast<const uint32_t*>(from.data) + i;
-        if (first) pair.x = __ldg(data);
-        if (second) pair.y = __ldg(data + 1);
-      } else {
-        const uint16_t* data = static_cast<const uint16_t*>(from.data) + i;
-        if (first) pair.x = __ldg(data);
-        if (second) pair.x |= static_cast<uint32_t>(__ldg(data + 1)) << 16;
-      }
-      raw->pair[k] = pair;
-    }
-  }
-
-  // Like Load, into slots of shared memory, (kCount, kThreads), of which a thread reads its own
-  // back by Take, after WaitForCopies. It spares the registers, and the compiler's guesses of when
-  // what is loaded will be there: it uses registers as early as it can.
+  // Loads into slots of shared memory, (kCount, kThreads), of which a thread reads its own back by
+  // Take, after WaitForCopies. It spares the registers, and the compiler's guesses of when what is
+  // loaded will be there: it uses registers as early as it can. at: as At gives for those rows and
+  // lines.
   using Slot = std::conditional_t<kElements == Elements::kBfloat || kElements == Elements::kHalf,
                                   uint32_t, uint2>;
   __device__ void Prefetch(const Array& from, int64_t at, const Rows& rows, Slot* slots,
                            int first_line = 0, bool wanted = true) const {
     slots += Index(0);
-    if constexpr (!kRegular) {
-      Raw raw;
-      Load(from, at, rows, &raw, first_line, wanted);
 #pragma unroll
-      for (int k = 0; k < kCount; ++k) slots[k * kThreads] = raw.pair[k];
-    } else {
-      constexpr int kBytes = sizeof(Slot);
-      const char* data = static_cast<const char*>(from.data);
-#pragma unroll
-      for (int k = 0; k < kCount; ++k)
-        CopyAsync<kBytes>(slots + k * kThreads, data + (at + ElementTo(k)) * (kBytes / 2),
-                          wanted && Exists(k, 0, rows, first_line));
+    for (int k = 0; k < kCount; ++k) {
+      const int64_t i = at + ElementTo(k);
+      const bool first = wanted && Exists(k, 0, rows, first_line),
+                 second = wanted && Exists(k, 1, rows, first_line);
+      if constexpr (kRegular) {
+        CopyAsync<sizeof(Slot)>(slots + k * kThreads, static_cast<const char*>(from.data) + i,
+                                first);
+      } else {
+        uint2 pair{0, 0};
+        if (from.dtype == DataType::F32 || from.dtype == DataType::C64) {
+          const uint32_t* data = static_cast<const uint32_t*>(from.data) + i;
+          if (first) pair.x = __ldg(data);
+          if (second) pair.y = __ldg(data + 1);
+        } else {
+          const uint16_t* data = static_cast<const uint16_t*>(from.data) + i;
+          if (first) pair.x = __ldg(data);
+          if (second) pair.x |= static_cast<uint32_t>(__ldg(data + 1)) << 16;
+        }
+        slots[k * kThreads] = pair;
+      }
     }
   }
   __device__ uint2 Take(const Slot* slots, int k) const {
@@ -261,6 +245,13 @@ class Tile {
       return {slots[Index(k)], 0};
     else
       return slots[Index(k)];
+  }
+
+  __device__ Raw TakeAll(const Slot* slots) const {
+    Raw raw;
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) raw.pair[k] = Take(slots, k);
+    return raw;
   }
 
   __device__ float2 Widen(uint2 pair, const Array& from) const {
@@ -273,9 +264,9 @@ class Tile {
     const uint2 pair = Narrow(x, y, DtypeOf<kElements>(to));
     const bool first = wanted && Exists(k, 0, rows), second = wanted && Exists(k, 1, rows);
     if constexpr (kElements == Elements::kFloat) {
-      if (first) *reinterpret_cast<uint2*>(static_cast<float*>(to.data) + i) = pair;
+      if (first) *reinterpret_cast<uint2*>(static_cast<char*>(to.data) + i) = pair;
     } else if constexpr (kRegular) {
-      if (first) *reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(to.data) + i) = pair.x;
+      if (first) *reinterpret_cast<uint32_t*>(static_cast<char*>(to.data) + i) = pair.x;
     } else if (to.dtype == DataType::F32) {
       uint32_t* data = static_cast<uint32_t*>(to.data) + i;
       if (first) data[0] = pair.x;
@@ -331,9 +322,10 @@ class Tile {
     return kLayout == Layout::kTimeLast ? k * (kThreads / (kTile / 2)) : k % kAcross * (2 * kNear);
   }
   __device__ Offset ElementTo(int k) const {
-    return k / kAcross * next_element_ + (kAcross > 1 ? LineTo(k) : 0);
+    return k / kAcross * next_element_ + (kAcross > 1 ? LineTo(k) * kUnit : 0);
   }
 
+  int thread_;
   int64_t start_, step_, stride_;
   Offset next_element_;
   bool reversed_;
@@ -377,12 +369,12 @@ __device__ inline void SumHalves(float* values) {
   }
 }
 
-// A fixed B or C, one row of states per channel.
-template <typename Number, int kThreads, int kChannels, int kGroup, int kRow, int kFirst = 0>
+// A fixed B or C, one row of states per channel; the work of a thread of kThreads.
+template <typename Number, int kThreads, int kChannels, int kGroup, int kRow>
 __device__ inline void StageFixed(const Problem& p, const Block& block, const Array& from,
-                                  int first_state, Number* to) {
+                                  int first_state, int thread, Number* to) {
   const int64_t start = (block.instance * p.dim + block.first_channel) * p.dstate + first_state;
-  for (int i = static_cast<int>(threadIdx.x) - kFirst; i < kChannels * kGroup; i += kThreads) {
+  for (int i = thread; i < kChannels * kGroup; i += kThreads) {
     const int n = i % kGroup, channel = i / kGroup;
     Number x{};
     if (channel < block.channels && first_state + n < p.dstate)
