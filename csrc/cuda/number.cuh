@@ -84,32 +84,22 @@ __device__ inline float ExpMinus(float x) {
 }
 
 // Softplus and its slope, the sigmoid, from one exponential. Past x = 20 both round to x and 1 by
-// themselves. Without kExact softplus is right to 2^-16, a sixteenth of what float16 rounds off.
+// themselves.
 template <bool kExact>
 struct Softplus {
   float value, slope;
   __device__ explicit Softplus(float x) {
     const float e = ExpMinus<kExact>(fabsf(x));
-    // log(1 + e) / e on [0, 1], to 2 ulp or to 2^-16.8.
-    float p;
-    if constexpr (kExact) {
-      p = 0.005253457929939032f;
-      p = fmaf(p, e, -0.02958850748836994f);
-      p = fmaf(p, e, 0.07836166769266129f);
-      p = fmaf(p, e, -0.13674770295619965f);
-      p = fmaf(p, e, 0.19111430644989014f);
-      p = fmaf(p, e, -0.24844369292259216f);
-      p = fmaf(p, e, 0.33319270610809326f);
-      p = fmaf(p, e, -0.49999502301216125f);
-      p = fmaf(p, e, 1.0f);
-    } else {
-      p = -0.023869146f;
-      p = fmaf(p, e, 0.10122227f);
-      p = fmaf(p, e, -0.21004868f);
-      p = fmaf(p, e, 0.32520667f);
-      p = fmaf(p, e, -0.49936137f);
-      p = fmaf(p, e, 0.9999916f);
-    }
+    // log(1 + e) / e on [0, 1], to 2 ulp.
+    float p = 0.005253457929939032f;
+    p = fmaf(p, e, -0.02958850748836994f);
+    p = fmaf(p, e, 0.07836166769266129f);
+    p = fmaf(p, e, -0.13674770295619965f);
+    p = fmaf(p, e, 0.19111430644989014f);
+    p = fmaf(p, e, -0.24844369292259216f);
+    p = fmaf(p, e, 0.33319270610809326f);
+    p = fmaf(p, e, -0.49999502301216125f);
+    p = fmaf(p, e, 1.0f);
     value = fmaf(p, e, fmaxf(x, 0.0f));
     const float larger = Reciprocal(1.0f + e);
     slope = x >= 0.0f ? larger : e * larger;
