@@ -87,6 +87,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             pytest.param(name, marks=pytest.mark.gpu) if name == "cuda" else name for name in sorted(names | REQUIRED)
         ]
         metafunc.parametrize("implementation", params, indirect=True)
+    elif "devices" in metafunc.fixturenames:
+        metafunc.parametrize("devices", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)], indirect=True)
 
 
 @pytest.fixture
@@ -110,11 +112,21 @@ def implementation(request: pytest.FixtureRequest) -> Iterator[str | None]:
 
 
 @pytest.fixture
-def virtual_devices(request: pytest.FixtureRequest) -> Iterator[None]:
-    """CPUs as the default where a GPU would be, but for tests of "cuda", which are given a mesh of GPUs."""
-    names = request.fixturenames
-    if "implementation" in names and request.getfixturevalue("implementation") == "cuda":
-        yield
+def devices(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The platform that a test's meshes are of: eight virtual CPUs and then the GPUs that are there.
+
+    For a test of an implementation, what that runs on.
+    """
+    if "implementation" in request.fixturenames:
+        platform = "gpu" if request.getfixturevalue("implementation") == "cuda" else "cpu"
     else:
-        with jax.default_device(jax.devices("cpu")[0]):
-            yield
+        platform = request.param
+    with jax.default_device(jax.devices(platform)[0]):
+        yield platform
+
+
+@pytest.fixture
+def virtual_devices() -> Iterator[None]:
+    """CPUs as the default where a GPU would be."""
+    with jax.default_device(jax.devices("cpu")[0]):
+        yield

@@ -11,10 +11,10 @@ import pytest
 from cases import BF16, EVERYTHING, F64, MAMBA, Case, make_inputs
 from checks import jit, x64
 from distributed import (
-    AUTO,
     EXPLICIT,
     P,
     assert_close,
+    assert_communicates,
     case_inputs,
     collectives,
     communicated_bytes,
@@ -27,7 +27,7 @@ from distributed import (
 
 import jax_sscan
 
-pytestmark = pytest.mark.usefixtures("virtual_devices")
+pytestmark = pytest.mark.usefixtures("devices")
 
 CASES = [
     Case("plain", length=24, dim=4),
@@ -76,18 +76,16 @@ def test_equals_one_device(case: Case) -> None:
     """One exchange of states forward, one of cotangents backward; last_state and the weights' gradients are sums over
     devices, and segment ids pass to the neighbour."""
     found = collectives(check_against_one_device(case, None, mesh_of(s=8)))
-    assert found.pop("all-gather") == 2
-    assert found.pop("collective-permute", 0) == (2 if case.segments else 0) / 2
     # Weights of one dtype in one, complex in another.
     assert found.pop("all-reduce") <= (2 if case.is_complex else 1)
-    assert not found
+    assert_communicates(found, {"all-gather": 2} | ({"collective-permute": 1} if case.segments else {}))
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_every_implementation(check_vma: bool, implementation: str | None) -> None:
     """On a mesh that divides the batch as well."""
     case = Case("both", length=24, dim=3, layout="bld", **EVERYTHING)
-    mesh = mesh_of(AUTO, implementation, b=2, s=4)
+    mesh = mesh_of(b=2, s=4)
     check_against_one_device(case, implementation, mesh, check_vma=check_vma)
 
 
@@ -95,7 +93,8 @@ def test_batch_channels_and_length_together() -> None:
     """Three mesh axes: gradients of weights are summed over the devices of two, those of B and C over one."""
     case = Case("three", length=12, dim=4, **EVERYTHING)
     found = collectives(check_against_one_device(case, None, mesh_of(b=2, d=2, s=2)))
-    assert set(found) == {"all-gather", "all-reduce", "collective-permute"} and found["all-gather"] == 2
+    assert found.pop("all-reduce") > 0
+    assert_communicates(found, {"all-gather": 2, "collective-permute": 1})
 
 
 def test_forward_mode(implementation: str | None) -> None:
@@ -107,7 +106,7 @@ def test_forward_mode(implementation: str | None) -> None:
     def push(scan: Any) -> Any:
         return jit(lambda x, t: jax.jvp(lambda x: scan({**x, **rest}), (x,), (t,)))(inputs, tangents)
 
-    got = push(divided(case, implementation, mesh_of(AUTO, implementation, s=8), inputs | rest))
+    got = push(divided(case, implementation, mesh_of(s=8), inputs | rest))
     jax.tree.map(lambda x, y: assert_close(x, y, "jvp", 5e-6), got, push(scan_of(case, "xla")))
 
 
@@ -247,7 +246,7 @@ def test_convolution(width: int, segments: bool, layout: str) -> None:
     specs = dict.fromkeys(inputs, P()) | {"x": sequence}
     parts = jax.shard_map(
         lambda inputs, ids: conv(inputs, ids, "s"),
-        mesh=mesh_of(AUTO, s=8),
+        mesh=mesh_of(s=8),
         in_specs=(specs, P(None, "s")),
         out_specs=(sequence, P()),
     )
@@ -271,11 +270,12 @@ def test_convolution(width: int, segments: bool, layout: str) -> None:
 
 
 def test_convolution_of_too_short_parts() -> None:
+    mesh = mesh_of(s=8)
     conv = jax.shard_map(
         lambda x: jax_sscan.causal_conv1d(x, jnp.ones((2, 4)), axis_name="s"),
-        mesh=mesh_of(s=8),
+        mesh=mesh,
         in_specs=P(None, None, "s"),
         out_specs=P(None, None, "s"),
     )
     with pytest.raises(ValueError, match="at least width - 1 = 3 positions on each device of 's', got 2"):
-        conv(jnp.ones((1, 2, 16)))
+        conv(jnp.ones((1, 2, 2 * mesh.size)))
