@@ -5,8 +5,9 @@
 A step is that of a language model (`jax_sscan.models.MambaLM`): loss, gradients and AdamW, divided by its option
 ``shard`` and by nothing else; one device runs the plain step. Strong scaling divides one problem among the devices;
 weak scaling gives each device what it has when all of them share that problem. The communication share compares with
-the same work on the same devices at the same time, in which every device trains a model of its own. Runs on all GPUs,
-or on virtual CPU devices, which share the cores: there the times say little, but the communicated bytes mean the same.
+the same work on the same devices at the same time, in which every device trains a model of its own; with the length
+divided it holds the second runs of the forward kernel too, which a device by itself does not need. Runs on all GPUs, or
+on virtual CPU devices, which share the cores: there the times say little, but the communicated bytes mean the same.
 Writes parallel.json and parallel.md.
 """
 

@@ -78,7 +78,8 @@ class Residuals(NamedTuple):
     """What the backward pass keeps: the operands and the states between chunks.
 
     Chunk i covers positions [i * chunk, (i + 1) * chunk); ``states[:, i]`` is the state that passes between chunks i
-    and i + 1, from left to right or, when reverse, from right to left: (batch, num_chunks - 1, dstate, dim).
+    and i + 1, from left to right or, when reverse, from right to left: (batch, num_chunks - 1, dstate, dim), or None
+    where there is one chunk.
     """
 
     operands: Operands
@@ -99,6 +100,17 @@ def sizes(operands: Operands, layout: Layout) -> Sizes:
         if is_varying(matrix):
             groups = matrix.shape[2 if layout == "bld" else 1]
     return Sizes(batch, dim, length, operands.A.shape[1], groups)
+
+
+def states_of(residuals: Residuals, layout: Layout) -> jax.Array:
+    """The states between chunks, as an array of none where there is one chunk."""
+    if residuals.states is not None:
+        return residuals.states
+    size = sizes(residuals.operands, layout)
+    # Made from an operand, so that inside `jax.shard_map` it varies over the mesh as they do.
+    return jnp.zeros_like(
+        residuals.operands.u, shape=(size.batch, 0, size.dstate, size.dim), dtype=residuals.operands.A.dtype
+    )
 
 
 STATE_AXES = "batch dim dstate"
@@ -133,9 +145,10 @@ def result_axes(axes: Operands, options: Options, save_states: bool) -> tuple[st
     return axes.u, STATE_AXES if options.last_state else None, SAVED_STATES_AXES if save_states else None
 
 
-def backward_axes(axes: Operands, last_state_cotangent: Any) -> tuple[Residuals, str, str | None]:
+def backward_axes(axes: Operands, states: Any, last_state_cotangent: Any) -> tuple[Residuals, str, str | None]:
     """The names of the axes of a backward pass's arguments, given those of the operands."""
-    return Residuals(axes, SAVED_STATES_AXES), axes.u, None if last_state_cotangent is None else STATE_AXES
+    residuals = Residuals(axes, None if states is None else SAVED_STATES_AXES)
+    return residuals, axes.u, None if last_state_cotangent is None else STATE_AXES
 
 
 def sequence_dims(layout: Layout) -> str:

@@ -148,7 +148,8 @@ def selective_scan_forward(
     """
     operands = Operands(u, delta, A, B, C, D, z, delta_bias, initial_state, segment_ids)
     operands, options = _kernel_form(operands, delta_softplus, reverse, layout, out_dtype, True, implementation)
-    return ScanForward(*_jitted_forward(operands, options, True, implementation))
+    out, last_state, states = _jitted_forward(operands, options, True, implementation)
+    return ScanForward(out, last_state, canonical.states_of(Residuals(operands, states), layout))
 
 
 def selective_scan_backward(
@@ -217,9 +218,8 @@ def selective_scan_backward(
     checks.check_like("states", states, saved)
     if last_state_cotangent is not None:
         checks.check_like("last_state_cotangent", last_state_cotangent, last_state)
-    cotangents = _jitted_backward(
-        Residuals(operands, states), out_cotangent, last_state_cotangent, options, implementation
-    )
+    residuals = Residuals(operands, states if states.size else None)
+    cotangents = _jitted_backward(residuals, out_cotangent, last_state_cotangent, options, implementation)
     (gradients,) = form_vjp(cotangents)
     return ScanGradients(*gradients[:-1])
 

@@ -20,6 +20,7 @@ from distributed import (
     communicated_bytes,
     gradients_of,
     mesh_of,
+    on_gpus,
     put,
     scan_of,
     specs_of,
@@ -225,6 +226,8 @@ def test_unknown_axis() -> None:
 @pytest.mark.parametrize("width", [1, 4])
 def test_convolution(width: int, segments: bool, layout: str) -> None:
     """Values, final state and gradients of one device; one neighbour's last inputs are all that is sent."""
+    if width == 1 and on_gpus():
+        pytest.skip("XLA for GPUs (jax 0.11) crashes on an empty array, here a state, that enters a shard_map")
     rng = np.random.default_rng(4)
     batch, dim, length = 2, 3, 24
     shape = (batch, length, dim) if layout == "bld" else (batch, dim, length)

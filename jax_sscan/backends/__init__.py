@@ -98,6 +98,9 @@ def forward(
     operands: Operands, options: Options, save_states: bool, implementation: str | None
 ) -> tuple[jax.Array, jax.Array | None, Any]:
     """Runs the forward pass of ``implementation``, or of the best one for the platform it is lowered for."""
+    # Nothing passes between chunks where there is one. XLA for GPUs crashes on an empty array that leaves a
+    # `jax.shard_map`, so that there is none rather than one of no elements.
+    save_states = save_states and canonical.sizes(operands, options.layout).length > options.chunk
     axes = canonical.axes(operands, options.layout)
     result_axes = canonical.result_axes(axes, options, save_states)
     keywords: dict[str, Any] = {"options": options, "save_states": save_states}
@@ -116,7 +119,7 @@ def backward(
     operands = residuals.operands._replace(segment_ids=None)
     arguments = residuals, out_cotangent, last_state_cotangent
     axes = canonical.axes(residuals.operands, options.layout)
-    argument_axes = canonical.backward_axes(axes, last_state_cotangent)
+    argument_axes = canonical.backward_axes(axes, residuals.states, last_state_cotangent)
     kernels = _kernels(native.backward, xla.backward, operands, options, implementation, {"options": options})
     gradients = _run(kernels, implementation, arguments, argument_axes, axes._replace(segment_ids=None))
     # The type of a cotangent is that of its operand.

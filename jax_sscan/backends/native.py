@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_sscan.canonical import Operands, Options, Residuals, Sizes, is_varying, sizes
+from jax_sscan.canonical import Operands, Options, Residuals, Sizes, is_varying, sizes, states_of
 
 # Steps between two saved states, as many as the registers of the CUDA kernels hold the history of (kTile in
 # csrc/cuda/plan.h). A float32 state every 16 steps takes 4 bytes per element of u at dstate 16.
@@ -154,6 +154,7 @@ def backward(
     _, workspace = _workspaces(operands, options, has_states, platform, instances)
     shapes = [_ABSENT if x is None else jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands[:-1]]
     call = jax.ffi.ffi_call("jax_sscan_backward", (*shapes, workspace))
-    arrays = _call_operands(*operands, residuals.states, out_cotangent, last_state_cotangent)
+    states = states_of(residuals, options.layout)
+    arrays = _call_operands(*operands, states, out_cotangent, last_state_cotangent)
     *cotangents, _ = call(*arrays, **_attributes(operands, options, instances))
     return Operands(*_present(cotangents, shapes))

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_sscan.canonical import Operands, Options, Residuals, Sizes, is_varying, sizes
+from jax_sscan.canonical import Operands, Options, Residuals, Sizes, is_varying, sizes, states_of
 
 # Measured on a CPU, where this implementation matters most: 32 steps are as fast as any and need the least memory.
 _CHUNK = 32
@@ -88,7 +88,7 @@ def backward(
 
     Walks the chunks against the processing order, recomputing each from its saved entry state.
     """
-    operands, states = residuals
+    operands, states = residuals.operands, states_of(residuals, options.layout)
     size = sizes(operands, options.layout)
     (weights, state, inputs), split_vjp = jax.vjp(
         lambda operands: _split(operands, options, size), operands._replace(segment_ids=None)
