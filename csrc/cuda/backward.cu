@@ -15,21 +15,26 @@
 // they finish: the gradients of elements, and the block's sums over channels. So walkers need few
 // enough registers for one more warp to a scheduler, and one kind's waits are the other's time.
 // All meet twice a tile: before the walk, and before its way back, which makes sums over channels
-// anew. Where a lane has too many states for that, kStagers is 0 and walkers stage and finish
-// between their steps: on the way forward, where few states are kept yet, they finish, and in the
-// second half of the way back they stage. More states than kStates * kLanes are taken in turn, tile
-// by tile, and wait in the workspace.
+// anew. More states than kStates * kLanes are taken in turn, tile by tile, and wait in the
+// workspace.
+//
+// The more states a lane has the fewer are its instructions for each, and the more of them have to
+// be kept: with 8, those of a tile's first steps are put into shared memory on the way forward and
+// fetched on the way back. For GPUs that have less of it, kStagers may be 0: then walkers stage and
+// finish between their steps, on the way forward, where few states are kept yet, they finish, and
+// in the second half of the way back they stage.
 //
 // Shared memory, twice, for the tile that is walked and for the one that is staged or finished:
-// delta, delta * u and dy, B and C, the sums over n, and what the gradients of elements need; once:
-// each warp's sums over channels. Sums across lanes halve what they sum with every shuffle. Which
+// delta, delta * u and dy, B and C, the sums over n, and what the gradients of elements need (where
+// early states take its place, stagers keep that in registers); once: each warp's sums over
+// channels. Sums across lanes halve what they sum with every shuffle. Which
 // register holds which state or channel depends on the lane, so that what a lane keeps always comes
 // first and needs no select. Nothing is added atomically: blocks write partial sums, and a second
 // kernel adds them in order.
 //
 // Cost per (b, d, t, n): two exp2, 13 multiplies and FMAs, about 4 instructions of sums, and 5
 // registers to and from shared memory, 25 instructions in all with 2 states and 2 channels to a
-// lane. Per (b, d, t): staging and finishing, about 100 instructions.
+// lane, 21 with 4. Per (b, d, t): staging and finishing, about 100 instructions.
 #include <type_traits>
 
 #include "cuda/scan.h"
@@ -64,10 +69,6 @@ struct BackwardShared {
   struct Staged {
     alignas(16) float2 steps[Sequences::kCells];  // delta, delta * u
     alignas(16) float dy[Sequences::kCells];
-    // What the thread that staged a pair needs again for its gradients: u and the slope of
-    // softplus; the cotangent of out times the slope of silu.
-    alignas(16) float4 inputs[kPairs];
-    alignas(16) float2 gates[kPairs];
     uint32_t restarts;
   };
   struct StagedProjections {
@@ -77,17 +78,36 @@ struct BackwardShared {
   // One is walked, the other staged.
   Staged sequences[2];
   StagedProjections projections[2];
+  // The states on entering a tile and after its first steps, where they exceed the registers.
+  static constexpr bool kCrowded = kStagers && kStates * kPerLane > 4;
+  static constexpr int kEarly = !kCrowded ? 0 : kElements == Elements::kFloat ? 6 : 7;
+  alignas(16)
+      float4 early[kEarly ? kEarly : 1][kEarly ? kStates * kPerLane / 4 : 1][kEarly ? kWalkers : 1];
+  // What the gradients of a pair need again, where those who stage lack the registers for it.
+  static constexpr bool kKeepsInRegisters = kCrowded;
+  static constexpr int kKept = kKeepsInRegisters ? 1 : kPairs;
+  alignas(16) float4 inputs[2][kKept];
+  alignas(16) float2 gates[2][kKept];
   // d(delta u), d(delta), y: sums over n. Stagers finish one tile's while the next are made.
   static constexpr int kBuffers = kStagers ? 2 : 1;
   // Groups of states add to theirs in turn: where lanes hold the same sum, all but one have a cell
   // of their own for it, since a branch would keep steps apart.
   static constexpr int kAllSums = 3 * kSums + (kWaits ? kWalkers : 0);
   alignas(16) float sums[kBuffers][kAllSums];
-  // Each warp's sums over its channels: (dB, dC), state, part.
-  // The length of a row spreads what a warp adds up over the banks: the states of two steps, or
-  // eight steps of four states. Without stagers there is no room for that.
-  static constexpr int kSpread = !kStagers ? 1 : kLayout == Layout::kTimeLast ? 2 : 16;
-  alignas(16) float channel_sums[kWalkers / kWarp][kTile][kGroup * 2 * kParts + kSpread];
+  // Each warp's sums over its channels: (dB, dC), state, part. What a warp adds up at once lies on
+  // different banks: eight steps of four states, or, where channels are last, the states of two
+  // steps. For these, rows are longer by half, or, where that is too much, every second has dB and
+  // dC in the other order.
+  static constexpr int kValues = 2 * kGroup * kParts;
+  static constexpr bool kStepsApart = kLayout != Layout::kChannelLast;
+  static constexpr bool kSwaps = !kStepsApart && (kCrowded || kWaits || !kStagers);
+  static constexpr int kRowOfSums = kValues + (kStepsApart ? 2 : kSwaps ? 0 : kValues / 2);
+  __device__ static int PlaceOfSum(int row, int value) {
+    return kSwaps ? value ^ (row & 1) * (kValues / 2) : value;
+  }
+  // Two where there is room: then walkers need not wait for those of the last tile to be used.
+  static constexpr int kSetsOfSums = kWaits ? 2 : 1;
+  alignas(16) float channel_sums[kSetsOfSums][kWalkers / kWarp][kTile][kRowOfSums];
   Vectors<kChannels> vectors;
   // Each staging thread's sums of dD and d_bias. Where channels are last, pairs that are kAcross
   // apart are of the same two; where time is last, a pair is of one channel.
@@ -98,6 +118,13 @@ struct BackwardShared {
   // What comes next, as it lies in memory: u, delta, z, cotangent of out; B, C.
   typename Sequences::Slot next_sequences[4][kPairs];
   typename Projections::Slot next_projections[2][Projections::kCount * kStaging];
+};
+
+// What the gradients of a pair of elements need again: u and the slope of softplus, and the
+// cotangent of out times the slope of silu.
+struct Kept {
+  float4 input;
+  float2 gate;
 };
 
 __device__ inline void Split(float x, float* to) { to[0] = x; }
@@ -173,8 +200,8 @@ __global__ void __launch_bounds__(kWalkers + kStagers, kWalkers == 128 ? 2 : 1)
     auto take = [&](int i) { return projections.Take(shared.next_projections[i], k); };
     return ProjectionPair{take(0), take(1)};
   };
-  auto stage_sequences = [&](const Rows& rows, int k, const Pair& pair, Staged& to) {
-    if (!sequences.Mine(k)) return;
+  auto stage_sequences = [&](const Rows& rows, int k, const Pair& pair, Staged& to) -> Kept {
+    if (!sequences.Mine(k)) return {};
     const float2 input = sequences.Widen(pair.u, o.u);
     float2 dy = sequences.Widen(pair.out_cotangent, p.out_cotangent);
     const float2 x = sequences.Widen(pair.z, o.z);
@@ -196,9 +223,22 @@ __global__ void __launch_bounds__(kWalkers + kStagers, kWalkers == 128 ? 2 : 1)
     sequences.Put(to.steps, k, {delta.x, delta.x * input.x}, {delta.y, delta.y * input.y});
     // y = 2 Re sum C h for complex numbers: the walk sees its cotangent doubled.
     sequences.Put(to.dy, k, dy.x * kParts, dy.y * kParts);
-    const int place = sequences.Index(k);
-    to.inputs[place] = {input.x, input.y, slope.x, slope.y};
-    to.gates[place] = d_gate;
+    return {{input.x, input.y, slope.x, slope.y}, d_gate};
+  };
+  // In registers: of the tile that was staged last, and of the one before.
+  [[maybe_unused]] Kept kept_of_staged[kPairs] = {}, kept_of_walked[kPairs] = {};
+  auto keep = [&](int buffer, int k, const Kept& kept) {
+    if constexpr (Shared::kKeepsInRegisters) {
+      kept_of_staged[k] = kept;
+    } else if (sequences.Mine(k)) {
+      shared.inputs[buffer][sequences.Index(k)] = kept.input;
+      shared.gates[buffer][sequences.Index(k)] = kept.gate;
+    }
+  };
+  auto kept = [&](int buffer, int k) {
+    if constexpr (Shared::kKeepsInRegisters) return kept_of_walked[k];
+    const int place = sequences.Mine(k) ? sequences.Index(k) : 0;
+    return Kept{shared.inputs[buffer][place], shared.gates[buffer][place]};
   };
   auto stage_varying = [&](int k, const ProjectionPair& pair, StagedProjections& to) {
     auto stage = [&](const Array& from, uint2 raw, Number* at) {
@@ -232,7 +272,7 @@ __global__ void __launch_bounds__(kWalkers + kStagers, kWalkers == 128 ? 2 : 1)
     if (sequences.Index(0) == 0) to.restarts = restarts;
   };
   // The block's sums over channels, into its own part of the workspace.
-  auto finish_projections = [&](const Rows& rows, int group) {
+  auto finish_projections = [&](const Rows& rows, int group, int turn) {
     constexpr int kSums = kTile * kGroup;
 #pragma unroll
     for (int i0 = 0; i0 < kSums; i0 += Shared::kStaging) {
@@ -251,8 +291,9 @@ __global__ void __launch_bounds__(kWalkers + kStagers, kWalkers == 128 ? 2 : 1)
 #pragma unroll
         for (int k = 0; k < 2 * kParts; ++k)
           sums[k / kParts][k % kParts] +=
-              shared.channel_sums[warp][rows.Row(offset)]
-                                 [(k / kParts * kGroup + n) * kParts + k % kParts];
+              shared.channel_sums[turn %
+                                  Shared::kSetsOfSums][warp][rows.Row(offset)][Shared::PlaceOfSum(
+                  rows.Row(offset), (k / kParts * kGroup + n) * kParts + k % kParts)];
       float* to_B = reinterpret_cast<float*>(base + workspace.dB) + to * kParts;
       float* to_C = reinterpret_cast<float*>(base + workspace.dC) + to * kParts;
 #pragma unroll
@@ -264,12 +305,12 @@ __global__ void __launch_bounds__(kWalkers + kStagers, kWalkers == 128 ? 2 : 1)
   };
   int64_t finished = sequences.At(rows_of(last_tile - 1)) + sequences.Stride();
   auto* const vector_sums = shared.vector_sums + sequences.Index(0);
-  auto finish = [&](const Rows& rows, int k, const Staged& from, const float* sums) {
+  auto finish = [&](const Rows& rows, int k, const Staged& from, const Kept& kept,
+                    const float* sums) {
     if (!sequences.Mine(k)) return;
-    const int place = sequences.Index(k);
     const float2 D = sequences.OfLines(shared.vectors.D, k);
-    const float4 inputs = from.inputs[place];
-    const float2 input{inputs.x, inputs.y}, slope{inputs.z, inputs.w}, d_gate = from.gates[place];
+    const float2 input{kept.input.x, kept.input.y}, slope{kept.input.z, kept.input.w};
+    const float2 d_gate = kept.gate;
     const float2 delta{from.steps[sequences.Cell(k, 0)].x, from.steps[sequences.Cell(k, 1)].x};
     float2 dy = sequences.Get(from.dy, k);
     dy = {dy.x * (1.0f / kParts), dy.y * (1.0f / kParts)};
@@ -333,8 +374,9 @@ __global__ void __launch_bounds__(kWalkers + kStagers, kWalkers == 128 ? 2 : 1)
 
   if constexpr (kStagers > 0) {
     if (threadIdx.x >= kWalkers) {
-      int parity = 0, turn = 0;  // of the sequences and projections that are staged
-      auto stage = [&](int tile, int group) {
+      int turn = 0;  // of the projections that are staged
+      auto stage = [&](int tile, int group, int parity) {
+        Staged& to = shared.sequences[parity];
         const bool last_group = group + 1 == groups;
         const Rows rows = rows_of(tile), next = rows_of(last_group ? tile - 1 : tile);
         // The last pairs wait in registers, so that the next tile can be sent for before they are
@@ -346,7 +388,7 @@ __global__ void __launch_bounds__(kWalkers + kStagers, kWalkers == 128 ? 2 : 1)
         if (group == 0) {
 #pragma unroll
           for (int k = 0; k < kPairs - kHeld; ++k)
-            stage_sequences(rows, k, take_sequences(k), shared.sequences[parity]);
+            keep(parity, k, stage_sequences(rows, k, take_sequences(k), to));
 #pragma unroll
           for (int k = 0; k < kHeld; ++k) held[k] = take_sequences(kPairs - kHeld + k);
         }
@@ -360,37 +402,59 @@ __global__ void __launch_bounds__(kWalkers + kStagers, kWalkers == 128 ? 2 : 1)
         if (group == 0) {
 #pragma unroll
           for (int k = 0; k < kHeld; ++k)
-            stage_sequences(rows, kPairs - kHeld + k, held[k], shared.sequences[parity]);
-          stage_restarts(rows, shared.sequences[parity]);
+            keep(parity, kPairs - kHeld + k,
+                 stage_sequences(rows, kPairs - kHeld + k, held[k], to));
+          stage_restarts(rows, to);
         }
         if (!kPlain) stage_fixed(group, shared.projections[turn]);
         turn ^= 1;
       };
-      // The tile before, whose buffers are next to be filled.
-      auto finish_pairs = [&](const Rows& rows, int first, int last) {
+      auto finish_pairs = [&](const Rows& rows, int parity, int first, int last) {
 #pragma unroll
         for (int k = 0; k < kPairs; ++k)
           if (first <= k && k < last)
-            finish(rows, k, shared.sequences[parity ^ 1], shared.sums[parity ^ 1]);
+            finish(rows, k, shared.sequences[parity], kept(parity, k), shared.sums[parity]);
       };
-      for (int tile = last_tile - 1; tile >= first_tile; --tile, parity ^= 1) {
+      // Stages a tile, and finishes the one before, whose buffers are next to be filled.
+      auto take_turns = [&](int tile, int parity) {
         for (int group = 0; group < groups; ++group) {
-          stage(tile, group);
+          stage(tile, group, parity);
           Meet<kWalkers + kStagers>();
-          // The walk that has begun needs the place of the last one's sums over channels for its
-          // way back. A third of the rest is what there is time for until then.
           const Rows previous = rows_of(tile + 1);
-          finish_projections(group ? rows_of(tile) : previous, group ? group - 1 : groups - 1);
-          if (group == 0) finish_pairs(previous, 0, kPairs / 3);
-          Meet<kWalkers + kStagers, 2>();
+          finish_projections(group ? rows_of(tile) : previous, group ? group - 1 : groups - 1,
+                             turn);
+          // The walk that has begun needs the place of these for its way back, if there is but one.
+          // A third of the rest is what there is time for until then.
+          constexpr int kSoon = Shared::kSetsOfSums == 1 ? kPairs / 3 : 0;
+          if (group == 0) finish_pairs(previous, 1 - parity, 0, kSoon);
+          // Where there are two, stagers meet as often as walkers do all the same: it is by
+          // counting that racecheck tells what was before and what after.
+          if constexpr (Shared::kSetsOfSums == 1)
+            Meet<kWalkers + kStagers, 2>();
+          else
+            Meet<kStagers, 2>();
           if (group > 0) continue;
-          finish_pairs(previous, kPairs / 3, kPairs);
+          finish_pairs(previous, 1 - parity, kSoon, kPairs);
           finished -= sequences.Stride();
+#pragma unroll
+          for (int k = 0; k < kPairs; ++k) kept_of_walked[k] = kept_of_staged[k];
         }
+      };
+      int parity = 0;
+      if constexpr (kWaits) {
+        // Two tiles at a time, which spares the registers of addresses.
+        for (int tile = last_tile - 1; tile >= first_tile; tile -= 2) {
+          take_turns(tile, 0);
+          if (tile > first_tile) take_turns(tile - 1, 1);
+        }
+        parity = (last_tile - first_tile) & 1;
+      } else {
+        for (int tile = last_tile - 1; tile >= first_tile; --tile, parity ^= 1)
+          take_turns(tile, parity);
       }
       Meet<kWalkers + kStagers>();
-      finish_projections(rows_of(first_tile), groups - 1);
-      finish_pairs(rows_of(first_tile), 0, kPairs);
+      finish_projections(rows_of(first_tile), groups - 1, turn ^ 1);
+      finish_pairs(rows_of(first_tile), parity ^ 1, 0, kPairs);
       finish_vectors();
       return;
     }
@@ -440,7 +504,7 @@ __global__ void __launch_bounds__(kWalkers + kStagers, kWalkers == 128 ? 2 : 1)
   [[maybe_unused]] auto waiting_of = [&](int group, int array, int i, int j) -> Number& {
     return waiting[(((group * kArrays + array) * kStates + i) * kPerLane + j) * kWalkers];
   };
-  auto keep = [&](int group) {
+  auto set_aside = [&](int group) {
     each([&](int i, int j) {
       waiting_of(group, kAdjoint, i, j) = adjoint[i][j];
       waiting_of(group, kDA, i, j) = dA[i][j];
@@ -472,7 +536,7 @@ __global__ void __launch_bounds__(kWalkers + kStagers, kWalkers == 128 ? 2 : 1)
     });
     if (waits) {
       each([&](int i, int j) { waiting_of(group, kRate, i, j) = rate[i][j]; });
-      keep(group);
+      set_aside(group);
     }
   }
 
@@ -510,7 +574,7 @@ __global__ void __launch_bounds__(kWalkers + kStagers, kWalkers == 128 ? 2 : 1)
     Staged& to = shared.sequences[0];
 #pragma unroll
     for (int k = 0; k < kPairs; ++k)
-      stage_sequences(rows_of(last_tile - 1), k, take_sequences(k), to);
+      keep(0, k, stage_sequences(rows_of(last_tile - 1), k, take_sequences(k), to));
 #pragma unroll
     for (int k = 0; k < kProjectionPairs; ++k)
       stage_varying(k, take_projections(k), shared.projections[0]);
@@ -518,7 +582,7 @@ __global__ void __launch_bounds__(kWalkers + kStagers, kWalkers == 128 ? 2 : 1)
     stage_restarts(rows_of(last_tile - 1), to);
   }
 
-  int parity = 0, turn = 0;  // of the sequences and projections that are walked
+  int parity = 0, turn = 0;  // of the sequences; of the projections and sums over channels
   for (int tile = last_tile - 1; tile >= first_tile; --tile, parity ^= 1) {
     // Without stagers, what is finished and what is staged between the steps; their states are one
     // group.
@@ -531,10 +595,34 @@ __global__ void __launch_bounds__(kWalkers + kStagers, kWalkers == 128 ? 2 : 1)
       const bool last_group = group + 1 == groups;
       const int next_group = last_group ? 0 : group + 1;
       const StagedProjections& staged_projections = shared.projections[turn];
+      auto& channel_sums = shared.channel_sums[turn % Shared::kSetsOfSums][walker / kWarp];
       [[maybe_unused]] StagedProjections& staging_projections = shared.projections[turn ^ 1];
       if (!tile && o.initial_state.data) load_initial_state(group);
       Number history[kTile + 1][kStates][kPerLane];
       each([&](int i, int j) { history[0][i][j] = entering[i][j]; });
+      // Those of a lane's states that wait in shared memory, by the step that they enter.
+      constexpr int kQuarters = kStates * kPerLane / 4;
+      auto put_early = [&](int t) {
+        if constexpr (Shared::kEarly > 0) {
+          const Number* h = &history[t][0][0];
+          if (t < Shared::kEarly)
+#pragma unroll
+            for (int k = 0; k < kQuarters; ++k)
+              shared.early[t][k][threadIdx.x] = {h[4 * k], h[4 * k + 1], h[4 * k + 2],
+                                                 h[4 * k + 3]};
+        }
+      };
+      auto get_early = [&](int t) {
+        if constexpr (Shared::kEarly > 0) {
+          Number* h = &history[t][0][0];
+          if (t < Shared::kEarly)
+#pragma unroll
+            for (int k = 0; k < kQuarters; ++k) {
+              const float4 x = shared.early[t][k][threadIdx.x];
+              h[4 * k] = x.x, h[4 * k + 1] = x.y, h[4 * k + 2] = x.z, h[4 * k + 3] = x.w;
+            }
+        }
+      };
       if (waits) {
         each([&](int i, int j) {
           rate[i][j] = waiting_of(group, kRate, i, j);
@@ -558,7 +646,7 @@ __global__ void __launch_bounds__(kWalkers + kStagers, kWalkers == 128 ? 2 : 1)
           stage_fixed(0, staging_projections);
           stage_restarts(next, staging);
         }
-        finish_projections(previous, 0);
+        finish_projections(previous, 0, 0);
       }
 
       // B or C of a row, for a lane's states and channels; a fixed one differs between channels.
@@ -584,7 +672,9 @@ __global__ void __launch_bounds__(kWalkers + kStagers, kWalkers == 128 ? 2 : 1)
         Number b[kStates][kPerLane];
         load(staged_projections.B, B_varies, t, b);
         if constexpr (!kStagers)
-          if (t % 2 && t / 2 < kPairs) finish(previous, t / 2, staging, shared.sums[0]);
+          if (t % 2 && t / 2 < kPairs)
+            finish(previous, t / 2, staging, kept(parity ^ 1, t / 2), shared.sums[0]);
+        put_early(t);
         each([&](int i, int j) {
           Number h = history[t][i][j];
           if constexpr (!kPlain) h = Unless(restarts & 1u << t, h);
@@ -613,8 +703,8 @@ __global__ void __launch_bounds__(kWalkers + kStagers, kWalkers == 128 ? 2 : 1)
 #pragma unroll
           for (int i = 0; i < kHeld; ++i) {
             const int value = first + i, n = lane * kStates + value / (2 * kParts);
-            shared.channel_sums[walker / kWarp][t][(value / kParts % 2 * kGroup + n) * kParts +
-                                                   value % kParts] = values[i];
+            channel_sums[t][Shared::PlaceOfSum(
+                t, (value / kParts % 2 * kGroup + n) * kParts + value % kParts)] = values[i];
           }
         }
 
@@ -648,8 +738,12 @@ __global__ void __launch_bounds__(kWalkers + kStagers, kWalkers == 128 ? 2 : 1)
         }
       };
 
-      // The sums of the walk before that are made anew now have been used.
-      Meet<kWalkers + kStagers, 2>();
+      // The sums of the walk before that are made anew now have been used. Where there are two sets
+      // a warp meets itself: what the compiler would bring forward from here has no registers.
+      if constexpr (Shared::kSetsOfSums == 1)
+        Meet<kWalkers + kStagers, 2>();
+      else
+        MeetWarp(threadIdx.x / kWarp + 4);
 
       // A step is summed while the next is computed: the loads of the next come first, since the
       // compiler moves no load across the stores of the sums. The next tile is staged on the way,
@@ -662,7 +756,7 @@ __global__ void __launch_bounds__(kWalkers + kStagers, kWalkers == 128 ? 2 : 1)
         if (i == 0) load_states(last_group ? tile - 1 : tile, next_group);
         if constexpr (!kStagers) {
           if (i == 0) WaitForCopies();
-          if (i < kPairs) stage_sequences(next, i, take_sequences(i), staging);
+          if (i < kPairs) keep(parity ^ 1, i, stage_sequences(next, i, take_sequences(i), staging));
           if (i >= kPairs && i < kJobs)
             stage_varying(i - kPairs, take_projections(i - kPairs), staging_projections);
         }
@@ -682,6 +776,7 @@ __global__ void __launch_bounds__(kWalkers + kStagers, kWalkers == 128 ? 2 : 1)
         Number b[kStates][kPerLane], c[kStates][kPerLane];
         load(staged_projections.B, B_varies, t, b);
         load(staged_projections.C, C_varies, t, c);
+        get_early(t);
         if (t + 1 < kTile) sum_over_lanes(t + 1, pending);
         job(t);
         const bool restart = !kPlain && restarts & 1u << t;
@@ -724,16 +819,17 @@ __global__ void __launch_bounds__(kWalkers + kStagers, kWalkers == 128 ? 2 : 1)
         pending = partial;
       }
       sum_over_lanes(0, pending);
-      if (waits) keep(group);
+      if (waits) set_aside(group);
     }
     if constexpr (!kStagers) finished -= sequences.Stride();
   }
   Meet<kWalkers + kStagers>();
   if constexpr (!kStagers) {
-    finish_projections(rows_of(first_tile), 0);
+    finish_projections(rows_of(first_tile), 0, 0);
 #pragma unroll
     for (int k = 0; k < kPairs; ++k)
-      finish(rows_of(first_tile), k, shared.sequences[parity ^ 1], shared.sums[0]);
+      finish(rows_of(first_tile), k, shared.sequences[parity ^ 1], kept(parity ^ 1, k),
+             shared.sums[0]);
     finish_vectors();
   }
 
@@ -759,39 +855,68 @@ __global__ void __launch_bounds__(kWalkers + kStagers, kWalkers == 128 ? 2 : 1)
   }
 }
 
-// Varying dB and dC: the sum over the blocks of a group. One thread per number (part of one).
-__global__ void ProjectionSumKernel(const __grid_constant__ Backward p, int blocks_per_group,
-                                    int parts, const float* __restrict__ partial, Array to) {
-  const int64_t count = p.length * p.dstate * parts;
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i >= count * p.batch * p.groups) return;
-  const int64_t at = i % count, group = i / count % p.groups, row = i / (count * p.groups);
-  const float* from = partial + (row * p.groups + group) * blocks_per_group * count + at;
-  float sum = 0.0f;
-  for (int block = 0; block < blocks_per_group; ++block) sum += __ldg(from + block * count);
-  int64_t index = i;
-  if (p.channel_last) {
-    const int64_t width = p.dstate * parts, t = at / width;
-    index = ((row * p.length + t) * p.groups + group) * width + at % width;
-  }
-  if (parts == 2 || to.dtype == DataType::F32)
-    static_cast<float*>(to.data)[index] = sum;
-  else
-    static_cast<uint16_t*>(to.data)[index] = static_cast<uint16_t>(Narrow(sum, 0.0f, to.dtype).x);
+// The arrays that are sums of what blocks left, in one launch, and which of its blocks are whose.
+enum { kSumA, kSumB, kSumC, kSumD, kSumBias, kSumArrays };
+struct SumBlocks {
+  unsigned end[kSumArrays];
+};
+
+// terms numbers, a stride apart, in their order.
+__device__ inline float Sum(const float* from, int64_t terms, int64_t stride, float sum) {
+#pragma unroll 8
+  for (int64_t k = 0; k < terms; ++k) sum += __ldg(from + k * stride);
+  return sum;
 }
 
-// Gradients of weights: the sum over the spans and batch rows of an instance. One thread per
-// number.
-__global__ void WeightSumKernel(int64_t spans, int64_t batch, int64_t instances, int64_t count,
-                                const float* __restrict__ partial, float* __restrict__ to) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i >= instances * count) return;
-  const int64_t instance = i / count, rows = batch / instances;
-  float sum = 0.0f;
-  for (int64_t span = 0; span < spans; ++span)
-    for (int64_t row = 0; row < rows; ++row)
-      sum += partial[(span * batch + instance * rows + row) * count + i % count];
-  to[i] = sum;
+// One thread per number (part of one).
+__global__ void SumKernel(const __grid_constant__ Backward p, const __grid_constant__ Plan plan,
+                          const __grid_constant__ BackwardWorkspace workspace,
+                          const __grid_constant__ SumBlocks blocks) {
+  int array = 0;
+  while (blockIdx.x >= blocks.end[array]) ++array;
+  const unsigned first = array ? blocks.end[array - 1] : 0;
+  const int64_t i = static_cast<int64_t>(blockIdx.x - first) * blockDim.x + threadIdx.x;
+  const int64_t parts = p.state == DataType::C64 ? 2 : 1;
+  const char* base = static_cast<const char*>(p.workspace.data);
+  // Gradients of weights: over the spans and batch rows of an instance.
+  auto weight = [&](int64_t at, const Array& to, int64_t width) {
+    const int64_t count = p.dim * width, instance = i / count, rows = p.batch / p.instances;
+    if (i >= p.instances * count) return;
+    const float* from = reinterpret_cast<const float*>(base + at) + i % count;
+    float sum = 0.0f;
+    for (int64_t span = 0; span < plan.spans; ++span)
+      sum = Sum(from + (span * p.batch + instance * rows) * count, rows, count, sum);
+    static_cast<float*>(to.data)[i] = sum;
+  };
+  // Varying dB and dC: over the blocks of a group.
+  auto matrix = [&](int64_t at, const Array& to, bool varies) {
+    if (!varies) return weight(at, to, p.dstate * parts);
+    const int64_t width = p.dstate * parts, count = p.length * width;
+    if (i >= count * p.batch * p.groups) return;
+    const int64_t place = i % count, group = i / count % p.groups, row = i / (count * p.groups);
+    const float* from = reinterpret_cast<const float*>(base + at) +
+                        (row * p.groups + group) * plan.blocks_per_group * count + place;
+    const float sum = Sum(from, plan.blocks_per_group, count, 0.0f);
+    int64_t index = i;
+    if (p.channel_last)
+      index = ((row * p.length + place / width) * p.groups + group) * width + place % width;
+    if (parts == 2 || to.dtype == DataType::F32)
+      static_cast<float*>(to.data)[index] = sum;
+    else
+      static_cast<uint16_t*>(to.data)[index] = static_cast<uint16_t>(Narrow(sum, 0.0f, to.dtype).x);
+  };
+  switch (array) {
+    case kSumA:
+      return weight(workspace.dA, p.cotangents.A, p.dstate * parts);
+    case kSumB:
+      return matrix(workspace.dB, p.cotangents.B, p.B_varies);
+    case kSumC:
+      return matrix(workspace.dC, p.cotangents.C, p.C_varies);
+    case kSumD:
+      return weight(workspace.dD, p.cotangents.D, 1);
+    default:
+      return weight(workspace.d_bias, p.cotangents.delta_bias, 1);
+  }
 }
 
 template <typename Number, int kStates, int kLanes, int kPerLane, int kWalkers, int kStagers,
@@ -817,8 +942,9 @@ Error LaunchRegular(const Backward& p, const Plan& plan, const BackwardWorkspace
                     Stream stream) {
   const auto launch =
       plan.state_groups > 1   ? Launch<float, 2, 8, 2, 384, 128, true, kElements, kLayout>
-      : plan.shape.lanes == 4 ? Launch<float, 4, 4, 2, 128, 0, false, kElements, kLayout>
-                              : Launch<float, 2, 8, 2, 384, 128, false, kElements, kLayout>;
+      : plan.shape.lanes == 8 ? Launch<float, 2, 8, 2, 384, 128, false, kElements, kLayout>
+      : plan.walkers == 256   ? Launch<float, 4, 4, 2, 256, 128, false, kElements, kLayout>
+                              : Launch<float, 4, 4, 2, 128, 0, false, kElements, kLayout>;
   return launch(p, plan, workspace, stream);
 }
 
@@ -856,26 +982,20 @@ Error LaunchWalk(const Backward& p, const Plan& plan, const BackwardWorkspace& w
 
 Error LaunchSums(const Backward& p, const Plan& plan, const BackwardWorkspace& workspace,
                  Stream stream) {
-  const char* base = static_cast<const char*>(p.workspace.data);
-  const int parts = IsComplex(p) ? 2 : 1;
-  auto blocks = [](int64_t count) { return static_cast<unsigned>((count + 127) / 128); };
-  auto weight = [&](int64_t at, const Array& to, int64_t width) {
-    if (!to) return;
-    WeightSumKernel<<<blocks(p.instances * p.dim * width), 128, 0, stream>>>(
-        plan.spans, p.batch, p.instances, p.dim * width, reinterpret_cast<const float*>(base + at),
-        static_cast<float*>(to.data));
-  };
-  auto matrix = [&](int64_t at, const Array& to, bool varies) {
-    if (!varies) return weight(at, to, p.dstate * parts);
-    ProjectionSumKernel<<<blocks(p.batch * p.groups * p.length * p.dstate * parts), 128, 0,
-                          stream>>>(p, plan.blocks_per_group, parts,
-                                    reinterpret_cast<const float*>(base + at), to);
-  };
-  weight(workspace.dA, p.cotangents.A, p.dstate * parts);
-  matrix(workspace.dB, p.cotangents.B, p.B_varies);
-  matrix(workspace.dC, p.cotangents.C, p.C_varies);
-  weight(workspace.dD, p.cotangents.D, 1);
-  weight(workspace.d_bias, p.cotangents.delta_bias, 1);
+  constexpr int kThreads = 128;
+  const int64_t width = p.dstate * (IsComplex(p) ? 2 : 1);
+  const int64_t weight = p.instances * p.dim, varying = p.batch * p.groups * p.length * width;
+  const Operands& ct = p.cotangents;
+  const int64_t counts[kSumArrays] = {weight * width, p.B_varies ? varying : weight * width,
+                                      p.C_varies ? varying : weight * width, ct.D ? weight : 0,
+                                      ct.delta_bias ? weight : 0};
+  SumBlocks blocks;
+  int64_t end = 0;
+  for (int i = 0; i < kSumArrays; ++i) {
+    end += (counts[i] + kThreads - 1) / kThreads;
+    blocks.end[i] = static_cast<unsigned>(end);
+  }
+  SumKernel<<<blocks.end[kSumArrays - 1], kThreads, 0, stream>>>(p, plan, workspace, blocks);
   return LastError();
 }
 

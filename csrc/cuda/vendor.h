@@ -69,6 +69,11 @@ __device__ inline void Meet() {
   asm volatile("bar.sync %0, %1;" ::"n"(kPlace), "n"(kThreads) : "memory");
 }
 
+// The same for one warp, at a place of its own.
+__device__ inline void MeetWarp(int place) {
+  asm volatile("bar.sync %0, %1;" ::"r"(place), "n"(kWarp) : "memory");
+}
+
 // Whether any of them says so.
 template <int kThreads>
 __device__ inline bool MeetAny(bool x) {
