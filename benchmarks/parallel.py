@@ -104,7 +104,7 @@ def compile_step(kind: str, name: str, step: Callable[..., Any], *arguments: Any
 def communicated_mb(compiled: Any) -> float:
     """The size of the results of all collective operations on one device."""
     collective = re.compile(
-        r"= (.*?) (?:all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\("
+        r"= (.*?) (?:all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-done)?\("
     )
     total = 0
     for shapes in collective.findall(compiled.as_text()):
