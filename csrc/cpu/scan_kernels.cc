@@ -23,6 +23,7 @@
 #include <memory>
 #include <new>
 #include <type_traits>
+#include <vector>
 
 #include "cpu/scan.h"
 #include "cpu/vector.h"
@@ -438,25 +439,34 @@ void StoreNumbers(const N* from, int64_t rows, int64_t channels, const Array& to
   }
 }
 
-// Scratch memory of one task, aligned to vectors.
+// Scratch memory of one task, aligned to vectors. Most tasks need one block of it: a small call
+// would spend a fifth of its time on one per array.
 class Scratch {
  public:
   template <typename V>
   V* Take(int64_t count) {
-    size_t bytes = std::max<size_t>(1, size_t(count)) * sizeof(V);
-    bytes = (bytes + 63) / 64 * 64;
-    void* p = std::aligned_alloc(64, bytes);
-    if (!p) throw std::bad_alloc();
-    blocks_[used_++].reset(p);
-    return static_cast<V*>(p);
+    const size_t bytes = (size_t(count) * sizeof(V) + 63) / 64 * 64;
+    if (bytes > left_) {
+      left_ = std::max(bytes, kBlock);
+      next_ = static_cast<char*>(std::aligned_alloc(64, left_));
+      if (!next_) throw std::bad_alloc();
+      blocks_.emplace_back(next_);
+    }
+    V* taken = reinterpret_cast<V*>(next_);
+    next_ += bytes;
+    left_ -= bytes;
+    return taken;
   }
 
  private:
+  // Below what glibc takes as a reason to tidy up when it is freed.
+  static constexpr size_t kBlock = 48 << 10;
   struct Free {
-    void operator()(void* p) const { std::free(p); }
+    void operator()(char* p) const { std::free(p); }
   };
-  std::unique_ptr<void, Free> blocks_[24];
-  int used_ = 0;
+  std::vector<std::unique_ptr<char, Free>> blocks_;
+  char* next_ = nullptr;
+  size_t left_ = 0;
 };
 
 // ---------------------------------------------------------------------------------------------------------
@@ -584,7 +594,7 @@ struct Varying {
   using T = typename N::Scalar;
   struct Row {
     const T* first;
-    N operator[](int n) const { return Broadcast<N>(first + n * N::kParts); }
+    N operator[](int64_t n) const { return Broadcast<N>(first + n * N::kParts); }
   };
   static constexpr bool kIsVarying = true;
   Steps<T> steps;
@@ -619,11 +629,11 @@ struct Walk {
 };
 
 // What the walk over one block reads, from the operands: delta after bias and softplus, delta u,
-// and in the backward pass slope, the derivative of delta by what the caller gave as delta. And
-// what the walk adds to: y, which is D u at first.
+// and what it adds to: y, which is D u at first. In the forward pass also gate, silu(z), and in the
+// backward pass slope, the derivative of delta by what the caller gave as delta.
 template <typename T>
 struct BlockInputs {
-  Vec<T>*u_scratch, *delta, *source, *y, *slope;  // slope is null in the forward pass
+  Vec<T>*u_scratch, *delta, *source, *y, *gate, *slope;  // null: not wanted
   Rows<T> u{};
 };
 
@@ -632,14 +642,17 @@ void LoadInputs(const Slice& s, Vec<T> D, Vec<T> bias, int64_t channel, int64_t 
                 int64_t t0, int64_t steps, BlockInputs<T>& to) {
   const Operands& o = s.p.operands;
   const Place at = s.Sequence(channel, t0);
+  Vec<T>*delta = to.delta, *source = to.source, *y = to.y, *gate = to.gate, *slope = to.slope;
   const Rows<T> u = to.u = ReadTile<T>(o.u, at, steps, channels, to.u_scratch);
-  const Rows<T> raw = ReadTile<T>(o.delta, at, steps, channels, to.delta);
-  Vec<T>*delta = to.delta, *source = to.source, *y = to.y, *slope = to.slope;
-  auto set = [&](int64_t t, Vec<T> x) {
-    delta[t] = x;
-    source[t] = x * u[t];
+  const Rows<T> raw = ReadTile<T>(o.delta, at, steps, channels, delta);
+  const Rows<T> z = gate ? ReadTile<T>(o.z, at, steps, channels, gate) : Rows<T>{};
+  auto set = [=](int64_t t, Vec<T> step) {
+    delta[t] = step;
+    source[t] = step * u[t];
     y[t] = D * u[t];
   };
+  if (gate)
+    for (int64_t t = 0; t < steps; ++t) gate[t] = Silu<T>(z[t]);
   if (!s.p.delta_softplus) {
     for (int64_t t = 0; t < steps; ++t) {
       set(t, raw[t] + bias);
@@ -647,12 +660,14 @@ void LoadInputs(const Slice& s, Vec<T> D, Vec<T> bias, int64_t channel, int64_t 
     }
     return;
   }
-  if (slope)
-    for (int64_t t = 0; t < steps; ++t) {
-      const Vec<T> x = raw[t] + bias;
-      slope[t] = x > T(20) ? Splat(T(1)) : Sigmoid<T>(x);
-    }
-  for (int64_t t = 0; t < steps; ++t) set(t, Softplus<T>(raw[t] + bias));
+  // In two loops: the longer the operations that wait for each other, the fewer steps a core has
+  // under way.
+  for (int64_t t = 0; t < steps; ++t) source[t] = ExpMinusMagnitude<T>(raw[t] + bias);
+  for (int64_t t = 0; t < steps; ++t) {
+    const Vec<T> x = raw[t] + bias, exp = source[t];
+    if (slope) slope[t] = SoftplusSlope<T>(x, exp);
+    set(t, Softplus<T>(x, exp));
+  }
 }
 
 template <typename N>
@@ -664,6 +679,9 @@ void ForwardTask(const Forward& p, const Tasks& tasks, int64_t task) {
   const Operands& o = p.operands;
   const int64_t blocks = (s.dim + kWidth - 1) / kWidth, dstate = p.dstate;
 
+  // Where every step restarts, nothing decays: y = source sum C B.
+  const bool decays = p.restart_every != 1;
+
   Scratch scratch;
   N* state = scratch.Take<N>(blocks * dstate);
   N* rate = scratch.Take<N>(blocks * dstate);
@@ -671,11 +689,15 @@ void ForwardTask(const Forward& p, const Tasks& tasks, int64_t task) {
   N* fixed_C = scratch.Take<N>(p.C_varies ? 0 : blocks * dstate);
   T* B_scratch = scratch.Take<T>(p.B_varies ? p.chunk * dstate * N::kParts : 0);
   T* C_scratch = scratch.Take<T>(p.C_varies ? p.chunk * dstate * N::kParts : 0);
-  BlockInputs<T> in{scratch.Take<V>(p.chunk), scratch.Take<V>(p.chunk), scratch.Take<V>(p.chunk),
-                    scratch.Take<V>(p.chunk), nullptr};
-  V* gate = scratch.Take<V>(p.chunk);
+  BlockInputs<T> in{scratch.Take<V>(p.chunk),
+                    scratch.Take<V>(p.chunk),
+                    scratch.Take<V>(p.chunk),
+                    scratch.Take<V>(p.chunk),
+                    o.z ? scratch.Take<V>(p.chunk) : nullptr,
+                    nullptr};
   V* D = scratch.Take<V>(blocks);
   V* bias = scratch.Take<V>(blocks);
+  V* products = scratch.Take<V>(decays ? 0 : p.chunk);
   bool* restarts = scratch.Take<bool>(p.chunk);
 
   auto each_block = [&](auto body) {
@@ -683,8 +705,9 @@ void ForwardTask(const Forward& p, const Tasks& tasks, int64_t task) {
       body(b, s.begin + b * kWidth, std::min<int64_t>(kWidth, s.dim - b * kWidth));
   };
   each_block([&](int64_t b, int64_t channel, int64_t channels) {
-    LoadNumbers(o.A, s.Weight(channel), dstate, channels, rate + b * dstate);
-    for (int64_t n = 0; n < dstate; ++n) rate[b * dstate + n] = Rate(rate[b * dstate + n]);
+    if (decays) LoadNumbers(o.A, s.Weight(channel), dstate, channels, rate + b * dstate);
+    for (int64_t n = 0; decays && n < dstate; ++n)
+      rate[b * dstate + n] = Rate(rate[b * dstate + n]);
     if (!p.B_varies) LoadNumbers(o.B, s.Weight(channel), dstate, channels, fixed_B + b * dstate);
     if (!p.C_varies) LoadNumbers(o.C, s.Weight(channel), dstate, channels, fixed_C + b * dstate);
     D[b] = bias[b] = V{};
@@ -712,6 +735,20 @@ void ForwardTask(const Forward& p, const Tasks& tasks, int64_t task) {
     N* h = state + b * dstate;
     const V *deltas = in.delta, *sources = in.source;
     V* y = in.y;
+    if (!decays) {
+      constexpr bool kSame = decltype(B)::kIsVarying && decltype(C)::kIsVarying;  // for all blocks
+      for (int64_t t = 0; t < walk.steps; ++t) {
+        next.Row(t);
+        if (b == 0 || !kSame) {
+          const auto B_t = B.From(t, 0);
+          const auto C_t = C.From(t, 0);
+          products[t] = V{};
+          for (int64_t n = 0; n < dstate; ++n) products[t] += RealOfProduct(C_t[n], B_t[n]);
+        }
+        y[t] += products[t] * sources[t];
+      }
+      return;
+    }
     ForGroups<kGroup<N>>(dstate, [=, &next](int64_t n0, auto count) {
       constexpr int kCount = decltype(count)::value;
       N rates[kCount], states[kCount];
@@ -723,18 +760,15 @@ void ForwardTask(const Forward& p, const Tasks& tasks, int64_t task) {
         const V delta = deltas[t], source = sources[t];
         const auto B_t = B.From(t, n0);
         const auto C_t = C.From(t, n0);
+        const bool restart = restarts[t];
         V sum = y[t];
-        // A restart needs no decay, and lets not even NaN pass.
-        if (restarts[t]) {
 #pragma GCC unroll 8
-          for (int n = 0; n < kCount; ++n) states[n] = B_t[n] * source;
-        } else {
-#pragma GCC unroll 8
-          for (int n = 0; n < kCount; ++n)
-            states[n] = Decay<T>(rates[n], delta) * states[n] + B_t[n] * source;
+        for (int n = 0; n < kCount; ++n) {
+          const N added = B_t[n] * source;
+          // A restart needs no decay, and lets not even NaN pass.
+          states[n] = restart ? added : Decay<T>(rates[n], delta) * states[n] + added;
+          sum += RealOfProduct(C_t[n], states[n]);
         }
-#pragma GCC unroll 8
-        for (int n = 0; n < kCount; ++n) sum += RealOfProduct(C_t[n], states[n]);
         y[t] = sum;
       }
 #pragma GCC unroll 8
@@ -754,18 +788,14 @@ void ForwardTask(const Forward& p, const Tasks& tasks, int64_t task) {
         StoreNumbers(state + b * dstate, dstate, channels, p.states, s.Saved(channel, chunk));
       LoadInputs<T>(s, D[b], bias[b], channel, channels, t0, walk.steps, in);
       const Place at = s.Sequence(channel, t0);
-      if (o.z) {
-        const Rows<T> z = ReadTile<T>(o.z, at, walk.steps, channels, gate);
-        for (int64_t t = 0; t < walk.steps; ++t) gate[t] = Silu<T>(z[t]);
-      }
       const Prefetch next = next_block(b, t0);
       WithProjections<N>(p, varying_B, {fixed_B + b * dstate}, varying_C, {fixed_C + b * dstate},
                          [&](auto B, auto C) { run_block(walk, b, next, B, C); });
-      const V* y = in.y;
+      const V *y = in.y, *gate = in.gate;
       const WritableRows<T> out = WriteTile<T>(p.out, at, channels, in.y);
       for (int64_t t = 0; t < walk.steps; ++t) {
         const V whole = N::kComplex ? T(2) * y[t] : y[t];
-        out.Set(t, o.z ? whole * gate[t] : whole);
+        out.Set(t, gate ? whole * gate[t] : whole);
       }
       FinishTile<T>(in.y, walk.steps, channels, p.out, at);
     });
@@ -826,7 +856,7 @@ void BackwardTask(const Backward& p, const Tasks& tasks, const Workspace& worksp
     rows += p.chunk;
     return first;
   };
-  BlockInputs<T> in{take_rows(), take_rows(), take_rows(), take_rows(), take_rows()};
+  BlockInputs<T> in{take_rows(), take_rows(), take_rows(), take_rows(), nullptr, take_rows()};
   V *y = in.y, *dy = take_rows(), *gate = take_rows(), *d_delta = take_rows(),
     *d_source = take_rows(), *d_u = take_rows();
   History<N> history{scratch.Take<N>((p.chunk + 1) * kMost), scratch.Take<N>(p.chunk * kMost)};

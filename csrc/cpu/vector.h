@@ -259,16 +259,31 @@ inline Vec<T> Log1p(Vec<T> y) {
   return T(2) * s * Horner<T>(s * s, Poly<T>::kAtanh);
 }
 
+// e^-|x|, which softplus(x) and its slope are made of.
+template <typename T>
+inline Vec<T> ExpMinusMagnitude(Vec<T> x) {
+  const auto sign = BitCast<typename VectorOf<T>::Int>(T(-0.0));
+  return Exp<T>(BitCast<Vec<T>>(BitCast<IntVec<T>>(x) | sign));
+}
+
 // softplus(x) = log(1 + e^x), and x above 20, which floats come to by themselves.
 template <typename T>
-inline Vec<T> Softplus(Vec<T> x) {
-  constexpr T kMinusZero = T(-0.0);
-  const auto sign = BitCast<typename VectorOf<T>::Int>(kMinusZero);
-  const Vec<T> minus_magnitude = BitCast<Vec<T>>(BitCast<IntVec<T>>(x) | sign);
+inline Vec<T> Softplus(Vec<T> x, Vec<T> exp_minus_magnitude) {
   const Vec<T> positive = x < T(0) ? Vec<T>{} : x;
-  const Vec<T> soft = positive + Log1p<T>(Exp<T>(minus_magnitude));
+  const Vec<T> soft = positive + Log1p<T>(exp_minus_magnitude);
   if constexpr (sizeof(T) == 4) return soft;
   return x > T(20) ? x : soft;
+}
+template <typename T>
+inline Vec<T> Softplus(Vec<T> x) {
+  return Softplus<T>(x, ExpMinusMagnitude<T>(x));
+}
+
+// The derivative of Softplus: a sigmoid, and 1 above 20.
+template <typename T>
+inline Vec<T> SoftplusSlope(Vec<T> x, Vec<T> exp_minus_magnitude) {
+  const Vec<T> one = Splat(T(1)), numerator = x < T(0) ? exp_minus_magnitude : one;
+  return x > T(20) ? one : numerator / (T(1) + exp_minus_magnitude);
 }
 
 template <typename T>
