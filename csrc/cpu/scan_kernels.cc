@@ -6,17 +6,18 @@
 //
 // How work maps: a task is one batch row and one slice of channels. Vector lanes hold neighbouring
 // channels (a block); time runs sequentially. Chunks are the outer loop and blocks the inner one,
-// so that B and C of a chunk are converted once for all blocks. Within a block, states go in groups
-// of kGroup, whose states and rates A stay in registers over all steps of the chunk.
+// so that B and C of a chunk, if they have to be converted, are so once for all blocks. Within a
+// block, states go in groups of kGroup, whose states and rates A stay in registers over all steps
+// of the chunk.
 //
-// What lives where: per block and chunk, delta, delta u and the output in 3 * chunk vectors of
+// What lives where: per block and chunk, delta, delta u, y and the gate in 4 * chunk vectors of
 // scratch; the backward pass adds the history of one group (states and decays, 2 * chunk * kGroup
 // vectors) and the partial sums for dB and dC (2 * chunk * dstate vectors, shared by the blocks of
 // a task). All of it fits the L2 cache.
 //
-// Cost per (step, state) of a vector of channels: forward one Exp2 (13 operations), a multiply and
-// two FMAs; backward the same again, then about nine multiplies and FMAs in the reverse walk, with
-// no second Exp2.
+// Cost per (step, state) of a vector of channels: forward the exponent's product, one Exp2 (9
+// operations with AVX-512, else 14), another product and two FMAs; backward the same again, then
+// about nine multiplies and FMAs in the reverse walk, with no second Exp2.
 
 #include <algorithm>
 #include <cstdlib>
@@ -258,8 +259,8 @@ struct Place {
 
 // Asks for the cache lines of tiles ahead of their use: their rows lie too far apart for the
 // hardware to see them coming, and often on as many pages. A few lines at a time, in between other
-// work, since a core has buffers for a few only; and into L2, since rows that lie a large power of
-// two apart share so few sets of L1 that they would push each other out.
+// work, since a core has buffers for a few only; and into L2: into L1 they brought a Zen 4 next to
+// nothing, and rows that lie a large power of two apart push each other out there.
 class Prefetch {
  public:
   void Add(const Array& array, const Place& at, int64_t rows, int64_t channels) {
