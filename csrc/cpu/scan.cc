@@ -12,22 +12,27 @@ constexpr int64_t kBlock = 16;
 // Enough tasks to keep many threads busy, and blocks enough in each to share the conversion of B
 // and C.
 constexpr int64_t kEnoughTasks = 32, kMostBlocks = 8;
+// Steps that are worth the start of a walk, and whose inputs fit L1.
+constexpr int64_t kEnoughSteps = 32;
 }  // namespace
 
 void FoldRows(Problem& p, bool has_states) {
-  constexpr int64_t kSteps = 32;
   const bool rows_are_steps = p.channel_last || p.length == 1;
-  if (has_states || !rows_are_steps || p.num_chunks() > 1 || 2 * p.length > kSteps) return;
+  if (has_states || !rows_are_steps || p.num_chunks() > 1 || 2 * p.length > kEnoughSteps) return;
   // A divisor of the rows of an instance, so that all sequences are of one length.
   const int64_t rows = p.batch / p.instances;
   const int64_t enough = std::min(rows, kEnoughTasks / (p.instances * Tasks(p).slices) + 1);
   int64_t sequences = enough;
   while (rows % sequences) ++sequences;
   p.restart_every = p.length;
-  p.chunk = kSteps / p.length * p.length;
+  p.chunk = kEnoughSteps / p.length * p.length;
   p.channel_last = true;
   p.length *= rows / sequences;
   p.batch = p.instances * sequences;
+}
+
+void LengthenChunks(Forward& p) {
+  if (!p.states && !p.restart_every) p.chunk = std::max(p.chunk, kEnoughSteps);
 }
 
 Tasks::Tasks(const Problem& p) {

@@ -12,6 +12,10 @@ namespace jax_sscan::cpu {
 // restarts at every row.
 void FoldRows(Problem& p, bool has_states);
 
+// A chunk is what a block of channels walks before the next one does, and starting costs. Where no
+// states are saved between chunks, they may be longer than the caller's.
+void LengthenChunks(Forward& p);
+
 // A task is a slice of channels of one group and some batch rows of one instance, whose sequences
 // it walks one after the other. The cut depends on the problem alone, never on threads or
 // instruction sets, so that results do not either (sums over tasks are taken in a fixed order, see

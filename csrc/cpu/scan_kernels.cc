@@ -6,23 +6,25 @@
 //
 // How work maps: a task is one batch row and one slice of channels. Vector lanes hold neighbouring
 // channels (a block); time runs sequentially. Chunks are the outer loop and blocks the inner one,
-// so that B and C of a chunk are converted once for all blocks. Within a block, states go in groups
-// of kGroup, whose states and rates A stay in registers over all steps of the chunk.
+// so that B and C of a chunk, if they have to be converted, are so once for all blocks. Within a
+// block, states go in groups of kGroup, whose states and rates A stay in registers over all steps
+// of the chunk.
 //
-// What lives where: per block and chunk, delta, delta u and the output in 3 * chunk vectors of
+// What lives where: per block and chunk, delta, delta u, y and the gate in 4 * chunk vectors of
 // scratch; the backward pass adds the history of one group (states and decays, 2 * chunk * kGroup
 // vectors) and the partial sums for dB and dC (2 * chunk * dstate vectors, shared by the blocks of
 // a task). All of it fits the L2 cache.
 //
-// Cost per (step, state) of a vector of channels: forward one Exp2 (13 operations), a multiply and
-// two FMAs; backward the same again, then about nine multiplies and FMAs in the reverse walk, with
-// no second Exp2.
+// Cost per (step, state) of a vector of channels: forward the exponent's product, one Exp2 (9
+// operations with AVX-512, else 14), another product and two FMAs; backward the same again, then
+// about nine multiplies and FMAs in the reverse walk, with no second Exp2.
 
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <new>
 #include <type_traits>
+#include <vector>
 
 #include "cpu/scan.h"
 #include "cpu/vector.h"
@@ -255,21 +257,39 @@ struct Place {
   int64_t channel_stride;  // between channels; one of the two is 1
 };
 
-// Asks for the cache lines of a tile ahead of its use: its rows lie too far apart for the hardware
-// to see them coming, and often on as many pages. The empty asm is there because GCC
-// drops calls of functions that do nothing but prefetch.
-template <bool kWrite = false>
-inline void Prefetch(const Array& array, const Place& at, int64_t rows, int64_t channels) {
-  const int64_t size = static_cast<int64_t>(ffi::ByteWidth(array.dtype));
-  const bool by_row = at.channel_stride == 1;
-  const int64_t lines = by_row ? rows : channels, bytes = (by_row ? channels : rows) * size;
-  const int64_t stride = (by_row ? at.row_stride : at.channel_stride) * size;
-  const char* first = static_cast<const char*>(array.data) + at.offset * size;
-  for (int64_t i = 0; i < lines; ++i, first += stride)
-    for (int64_t byte = 0; byte < bytes; byte += 64)
-      __builtin_prefetch(first + byte, kWrite ? 1 : 0);
-  __asm__ volatile("");
-}
+// Asks for the cache lines of tiles ahead of their use: their rows lie too far apart for the
+// hardware to see them coming, and often on as many pages. A few lines at a time, in between other
+// work, since a core has buffers for a few only; and into L2: into L1 they brought a Zen 4 next to
+// nothing, and rows that lie a large power of two apart push each other out there.
+class Prefetch {
+ public:
+  void Add(const Array& array, const Place& at, int64_t rows, int64_t channels) {
+    const int64_t size = static_cast<int64_t>(ffi::ByteWidth(array.dtype));
+    const bool by_row = at.channel_stride == 1;
+    Tile& tile = tiles_[used_++];
+    tile.first = static_cast<const char*>(array.data) + at.offset * size;
+    tile.stride = (by_row ? at.row_stride : at.channel_stride) * size;
+    tile.bytes = (by_row ? channels : rows) * size;
+    rows_ = by_row ? rows : channels;
+  }
+  // Row i in memory of every tile.
+  void Row(int64_t i) const {
+    if (i >= rows_) return;
+    for (int k = 0; k < used_; ++k)
+      for (int64_t byte = 0; byte < tiles_[k].bytes; byte += 64)
+        __builtin_prefetch(tiles_[k].first + i * tiles_[k].stride + byte, 0, 2);
+    __asm__ volatile("");  // GCC drops calls of functions that do nothing but prefetch
+  }
+
+ private:
+  struct Tile {
+    const char* first;
+    int64_t stride, bytes;
+  };
+  Tile tiles_[7];
+  int used_ = 0;
+  int64_t rows_ = 0;
+};
 
 template <typename T>
 void LoadTile(const Array& from, const Place& at, int64_t rows, int64_t channels, Vec<T>* to) {
@@ -420,25 +440,34 @@ void StoreNumbers(const N* from, int64_t rows, int64_t channels, const Array& to
   }
 }
 
-// Scratch memory of one task, aligned to vectors.
+// Scratch memory of one task, aligned to vectors. Most tasks need one block of it: a small call
+// would spend a fifth of its time on one per array.
 class Scratch {
  public:
   template <typename V>
   V* Take(int64_t count) {
-    size_t bytes = std::max<size_t>(1, size_t(count)) * sizeof(V);
-    bytes = (bytes + 63) / 64 * 64;
-    void* p = std::aligned_alloc(64, bytes);
-    if (!p) throw std::bad_alloc();
-    blocks_[used_++].reset(p);
-    return static_cast<V*>(p);
+    const size_t bytes = (size_t(count) * sizeof(V) + 63) / 64 * 64;
+    if (bytes > left_) {
+      left_ = std::max(bytes, kBlock);
+      next_ = static_cast<char*>(std::aligned_alloc(64, left_));
+      if (!next_) throw std::bad_alloc();
+      blocks_.emplace_back(next_);
+    }
+    V* taken = reinterpret_cast<V*>(next_);
+    next_ += bytes;
+    left_ -= bytes;
+    return taken;
   }
 
  private:
+  // Below what glibc takes as a reason to tidy up when it is freed.
+  static constexpr size_t kBlock = 48 << 10;
   struct Free {
-    void operator()(void* p) const { std::free(p); }
+    void operator()(char* p) const { std::free(p); }
   };
-  std::unique_ptr<void, Free> blocks_[24];
-  int used_ = 0;
+  std::vector<std::unique_ptr<char, Free>> blocks_;
+  char* next_ = nullptr;
+  size_t left_ = 0;
 };
 
 // ---------------------------------------------------------------------------------------------------------
@@ -502,24 +531,34 @@ struct Slice {
   int64_t batch;                // the row that places lie in
 };
 
-// Loads varying B or C of a chunk into (steps, dstate) reals or pairs of reals.
+// A varying B or C of a chunk: at each step dstate reals, or pairs of reals.
+template <typename T>
+struct Steps {
+  const T* first;
+  int64_t stride;
+};
+
+// In place if the states are next to each other and in the compute type, or else in scratch.
 template <typename N>
-void LoadProjection(const Slice& s, const Array& from, int64_t t0, int64_t steps,
-                    typename N::Scalar* to) {
+Steps<typename N::Scalar> ReadProjection(const Slice& s, const Array& from, int64_t t0,
+                                         int64_t steps, typename N::Scalar* scratch) {
   using T = typename N::Scalar;
-  auto at = s.Projection();
-  int64_t dstate = s.p.dstate;
+  const auto at = s.Projection();
+  const int64_t dstate = s.p.dstate;
+  if (at.state == 1 && from.dtype == s.p.state)
+    return {static_cast<const T*>(from.data) + (at.offset + t0 * at.time) * N::kParts,
+            at.time * N::kParts};
   if constexpr (N::kComplex) {
     const T* data = static_cast<const T*>(from.data);
     for (int64_t t = 0; t < steps; ++t)
       for (int64_t n = 0; n < dstate; ++n) {
-        int64_t i = 2 * (at.offset + (t0 + t) * at.time + n * at.state);
-        to[2 * (t * dstate + n)] = data[i];
-        to[2 * (t * dstate + n) + 1] = data[i + 1];
+        const int64_t i = 2 * (at.offset + (t0 + t) * at.time + n * at.state);
+        scratch[2 * (t * dstate + n)] = data[i];
+        scratch[2 * (t * dstate + n) + 1] = data[i + 1];
       }
   } else if (at.state == 1) {
     for (int64_t t = 0; t < steps; ++t)
-      ToReal(from, at.offset + (t0 + t) * at.time, dstate, to + t * dstate);
+      ToReal(from, at.offset + (t0 + t) * at.time, dstate, scratch + t * dstate);
   } else {
     // A tile whose "channels" are states; blocks of them are copied out of the vectors.
     constexpr int kWidth = kLanes<T>;
@@ -530,9 +569,10 @@ void LoadProjection(const Slice& s, const Array& from, int64_t t0, int64_t steps
                 rows = std::min<int64_t>(kWidth, steps - t);
         LoadTile<T>(from, {at.offset + t0 + t + n * at.state, 1, at.state}, rows, states, tile);
         for (int64_t i = 0; i < rows; ++i)
-          std::memcpy(to + (t + i) * dstate + n, &tile[i], states * sizeof(T));
+          std::memcpy(scratch + (t + i) * dstate + n, &tile[i], states * sizeof(T));
       }
   }
+  return {scratch, dstate * N::kParts};
 }
 
 // States per inner loop: their states and rates fill half of the registers, and the rest serves
@@ -549,21 +589,38 @@ inline void ForGroups(int64_t dstate, Body body) {
 }
 
 // One operand B or C in front of the inner loop: numbers that vary along the sequence, or one
-// vector per state.
-template <typename N, bool kVaries>
-struct Projection {
+// vector per state. From(t, n)[i] is the number of state n + i at step t.
+template <typename N>
+struct Varying {
   using T = typename N::Scalar;
-  static constexpr bool kIsVarying = kVaries;
-  const T* varying;  // (steps, dstate)
-  const N* fixed;    // (dstate)
-  int64_t dstate;
-  N At(int64_t t, int64_t n) const {
-    if constexpr (kVaries)
-      return Broadcast<N>(varying + (t * dstate + n) * N::kParts);
-    else
-      return fixed[n];
-  }
+  struct Row {
+    const T* first;
+    N operator[](int64_t n) const { return Broadcast<N>(first + n * N::kParts); }
+  };
+  static constexpr bool kIsVarying = true;
+  Steps<T> steps;
+  Row From(int64_t t, int64_t n) const { return {steps.first + t * steps.stride + n * N::kParts}; }
 };
+template <typename N>
+struct Fixed {
+  static constexpr bool kIsVarying = false;
+  const N* numbers;  // (dstate)
+  const N* From(int64_t, int64_t n) const { return numbers + n; }
+};
+
+// Calls body(B, C) with what the problem has.
+template <typename N, typename Body>
+inline void WithProjections(const Problem& p, Varying<N> varying_B, Fixed<N> fixed_B,
+                            Varying<N> varying_C, Fixed<N> fixed_C, Body body) {
+  if (p.B_varies && p.C_varies)
+    body(varying_B, varying_C);
+  else if (p.B_varies)
+    body(varying_B, fixed_C);
+  else if (p.C_varies)
+    body(fixed_B, varying_C);
+  else
+    body(fixed_B, fixed_C);
+}
 
 // The steps of one chunk in processing order: step i is row Row(i).
 struct Walk {
@@ -573,41 +630,44 @@ struct Walk {
 };
 
 // What the walk over one block reads, from the operands: delta after bias and softplus, delta u,
-// and in the backward pass slope, the derivative of delta by what the caller gave as delta.
+// and what it adds to: y, which is D u at first. In the forward pass also gate, silu(z), and in the
+// backward pass slope, the derivative of delta by what the caller gave as delta.
 template <typename T>
 struct BlockInputs {
-  Vec<T>*u_scratch, *delta, *source, *slope;  // slope is null in the forward pass
+  Vec<T>*u_scratch, *delta, *source, *y, *gate, *slope;  // null: not wanted
   Rows<T> u{};
 };
 
 template <typename T>
-void LoadInputs(const Slice& s, int64_t channel, int64_t channels, int64_t t0, int64_t steps,
-                BlockInputs<T>& to) {
+void LoadInputs(const Slice& s, Vec<T> D, Vec<T> bias, int64_t channel, int64_t channels,
+                int64_t t0, int64_t steps, BlockInputs<T>& to) {
   const Operands& o = s.p.operands;
   const Place at = s.Sequence(channel, t0);
+  Vec<T>*delta = to.delta, *source = to.source, *y = to.y, *gate = to.gate, *slope = to.slope;
   const Rows<T> u = to.u = ReadTile<T>(o.u, at, steps, channels, to.u_scratch);
-  const Rows<T> raw = ReadTile<T>(o.delta, at, steps, channels, to.delta);
-  Vec<T> bias{};
-  if (o.delta_bias) LoadTile<T>(o.delta_bias, s.Vector(channel), 1, channels, &bias);
-  Vec<T>*delta = to.delta, *source = to.source, *slope = to.slope;
+  const Rows<T> raw = ReadTile<T>(o.delta, at, steps, channels, delta);
+  const Rows<T> z = gate ? ReadTile<T>(o.z, at, steps, channels, gate) : Rows<T>{};
+  auto set = [=](int64_t t, Vec<T> step) {
+    delta[t] = step;
+    source[t] = step * u[t];
+    y[t] = D * u[t];
+  };
+  if (gate)
+    for (int64_t t = 0; t < steps; ++t) gate[t] = Silu<T>(z[t]);
   if (!s.p.delta_softplus) {
     for (int64_t t = 0; t < steps; ++t) {
-      const Vec<T> x = raw[t] + bias;
-      delta[t] = x;
-      source[t] = x * u[t];
+      set(t, raw[t] + bias);
       if (slope) slope[t] = Splat(T(1));
     }
     return;
   }
-  if (slope)
-    for (int64_t t = 0; t < steps; ++t) {
-      const Vec<T> x = raw[t] + bias;
-      slope[t] = x > T(20) ? Splat(T(1)) : Sigmoid<T>(x);
-    }
+  // In two loops: the longer the operations that wait for each other, the fewer steps a core has
+  // under way.
+  for (int64_t t = 0; t < steps; ++t) source[t] = ExpMinusMagnitude<T>(raw[t] + bias);
   for (int64_t t = 0; t < steps; ++t) {
-    const Vec<T> x = Softplus<T>(raw[t] + bias);
-    delta[t] = x;
-    source[t] = x * u[t];
+    const Vec<T> x = raw[t] + bias, exp = source[t];
+    if (slope) slope[t] = SoftplusSlope<T>(x, exp);
+    set(t, Softplus<T>(x, exp));
   }
 }
 
@@ -620,17 +680,25 @@ void ForwardTask(const Forward& p, const Tasks& tasks, int64_t task) {
   const Operands& o = p.operands;
   const int64_t blocks = (s.dim + kWidth - 1) / kWidth, dstate = p.dstate;
 
+  // Where every step restarts, nothing decays: y = source sum C B.
+  const bool decays = p.restart_every != 1;
+
   Scratch scratch;
   N* state = scratch.Take<N>(blocks * dstate);
   N* rate = scratch.Take<N>(blocks * dstate);
   N* fixed_B = scratch.Take<N>(p.B_varies ? 0 : blocks * dstate);
   N* fixed_C = scratch.Take<N>(p.C_varies ? 0 : blocks * dstate);
-  T* varying_B = scratch.Take<T>(p.B_varies ? p.chunk * dstate * N::kParts : 0);
-  T* varying_C = scratch.Take<T>(p.C_varies ? p.chunk * dstate * N::kParts : 0);
-  BlockInputs<T> in{scratch.Take<V>(p.chunk), scratch.Take<V>(p.chunk), scratch.Take<V>(p.chunk),
+  T* B_scratch = scratch.Take<T>(p.B_varies ? p.chunk * dstate * N::kParts : 0);
+  T* C_scratch = scratch.Take<T>(p.C_varies ? p.chunk * dstate * N::kParts : 0);
+  BlockInputs<T> in{scratch.Take<V>(p.chunk),
+                    scratch.Take<V>(p.chunk),
+                    scratch.Take<V>(p.chunk),
+                    scratch.Take<V>(p.chunk),
+                    o.z ? scratch.Take<V>(p.chunk) : nullptr,
                     nullptr};
-  V* y = scratch.Take<V>(p.chunk);
-  V* gate = scratch.Take<V>(p.chunk);
+  V* D = scratch.Take<V>(blocks);
+  V* bias = scratch.Take<V>(blocks);
+  V* products = scratch.Take<V>(decays ? 0 : p.chunk);
   bool* restarts = scratch.Take<bool>(p.chunk);
 
   auto each_block = [&](auto body) {
@@ -638,35 +706,70 @@ void ForwardTask(const Forward& p, const Tasks& tasks, int64_t task) {
       body(b, s.begin + b * kWidth, std::min<int64_t>(kWidth, s.dim - b * kWidth));
   };
   each_block([&](int64_t b, int64_t channel, int64_t channels) {
-    LoadNumbers(o.A, s.Weight(channel), dstate, channels, rate + b * dstate);
-    for (int64_t n = 0; n < dstate; ++n) rate[b * dstate + n] = Rate(rate[b * dstate + n]);
+    if (decays) LoadNumbers(o.A, s.Weight(channel), dstate, channels, rate + b * dstate);
+    for (int64_t n = 0; decays && n < dstate; ++n)
+      rate[b * dstate + n] = Rate(rate[b * dstate + n]);
     if (!p.B_varies) LoadNumbers(o.B, s.Weight(channel), dstate, channels, fixed_B + b * dstate);
     if (!p.C_varies) LoadNumbers(o.C, s.Weight(channel), dstate, channels, fixed_C + b * dstate);
+    D[b] = bias[b] = V{};
+    if (o.D) LoadTile<T>(o.D, s.Vector(channel), 1, channels, D + b);
+    if (o.delta_bias) LoadTile<T>(o.delta_bias, s.Vector(channel), 1, channels, bias + b);
+    // y = 2 Re sum C h for complex numbers: the walk makes half of it.
+    if (N::kComplex) D[b] = T(0.5) * D[b];
   });
 
-  auto run_block = [&](const Walk& walk, int64_t b, auto B, auto C) {
+  // What the next block reads and writes.
+  auto next_block = [&](int64_t b, int64_t t0) {
+    Prefetch next;
+    if (++b == blocks) b = 0, t0 += p.reverse ? -p.chunk : p.chunk;
+    if (t0 < 0 || t0 >= p.length) return next;
+    const Place at = s.Sequence(s.begin + b * kWidth, t0);
+    const int64_t steps = std::min(p.chunk, p.length - t0);
+    const int64_t channels = std::min<int64_t>(kWidth, s.dim - b * kWidth);
+    for (const Array& array : {o.u, o.delta, o.z, p.out})
+      if (array) next.Add(array, at, steps, channels);
+    return next;
+  };
+
+  auto run_block = [&](const Walk& walk, int64_t b, const Prefetch& next, auto B, auto C) {
     const N* A = rate + b * dstate;
     N* h = state + b * dstate;
-    ForGroups<kGroup<N>>(dstate, [&](int64_t n0, auto count) {
+    const V *deltas = in.delta, *sources = in.source;
+    V* y = in.y;
+    if (!decays) {
+      constexpr bool kSame = decltype(B)::kIsVarying && decltype(C)::kIsVarying;  // for all blocks
+      for (int64_t t = 0; t < walk.steps; ++t) {
+        next.Row(t);
+        if (b == 0 || !kSame) {
+          const auto B_t = B.From(t, 0);
+          const auto C_t = C.From(t, 0);
+          products[t] = V{};
+          for (int64_t n = 0; n < dstate; ++n) products[t] += RealOfProduct(C_t[n], B_t[n]);
+        }
+        y[t] += products[t] * sources[t];
+      }
+      return;
+    }
+    ForGroups<kGroup<N>>(dstate, [=, &next](int64_t n0, auto count) {
       constexpr int kCount = decltype(count)::value;
       N rates[kCount], states[kCount];
 #pragma GCC unroll 8
       for (int n = 0; n < kCount; ++n) rates[n] = A[n0 + n], states[n] = h[n0 + n];
       for (int64_t i = 0; i < walk.steps; ++i) {
         const int64_t t = walk.Row(i);
-        const V delta = in.delta[t], source = in.source[t];
+        if (n0 == 0) next.Row(i);
+        const V delta = deltas[t], source = sources[t];
+        const auto B_t = B.From(t, n0);
+        const auto C_t = C.From(t, n0);
+        const bool restart = restarts[t];
         V sum = y[t];
-        // A restart needs no decay, and lets not even NaN pass.
-        if (restarts[t]) {
 #pragma GCC unroll 8
-          for (int n = 0; n < kCount; ++n) states[n] = B.At(t, n0 + n) * source;
-        } else {
-#pragma GCC unroll 8
-          for (int n = 0; n < kCount; ++n)
-            states[n] = Decay<T>(rates[n], delta) * states[n] + B.At(t, n0 + n) * source;
+        for (int n = 0; n < kCount; ++n) {
+          const N added = B_t[n] * source;
+          // A restart needs no decay, and lets not even NaN pass.
+          states[n] = restart ? added : Decay<T>(rates[n], delta) * states[n] + added;
+          sum += RealOfProduct(C_t[n], states[n]);
         }
-#pragma GCC unroll 8
-        for (int n = 0; n < kCount; ++n) sum += RealOfProduct(C.At(t, n0 + n), states[n]);
         y[t] = sum;
       }
 #pragma GCC unroll 8
@@ -674,54 +777,28 @@ void ForwardTask(const Forward& p, const Tasks& tasks, int64_t task) {
     });
   };
 
-  // The inputs of the next block, while this one is computed.
-  auto prefetch_after = [&](int64_t b, int64_t t0) {
-    if (++b == blocks) b = 0, t0 += p.reverse ? -p.chunk : p.chunk;
-    if (t0 < 0 || t0 >= p.length) return;
-    const Place at = s.Sequence(s.begin + b * kWidth, t0);
-    const int64_t steps = std::min(p.chunk, p.length - t0);
-    const int64_t channels = std::min<int64_t>(kWidth, s.dim - b * kWidth);
-    Prefetch(o.u, at, steps, channels);
-    Prefetch(o.delta, at, steps, channels);
-    if (o.z) Prefetch(o.z, at, steps, channels);
-    Prefetch<true>(p.out, at, steps, channels);
-  };
-
   auto run_chunk = [&](int64_t chunk, bool from_start) {
     const int64_t t0 = chunk * p.chunk;
     const Walk walk{std::min(p.chunk, p.length - t0), p.reverse};
-    if (p.B_varies) LoadProjection<N>(s, o.B, t0, walk.steps, varying_B);
-    if (p.C_varies) LoadProjection<N>(s, o.C, t0, walk.steps, varying_C);
+    Varying<N> varying_B{}, varying_C{};
+    if (p.B_varies) varying_B.steps = ReadProjection<N>(s, o.B, t0, walk.steps, B_scratch);
+    if (p.C_varies) varying_C.steps = ReadProjection<N>(s, o.C, t0, walk.steps, C_scratch);
     for (int64_t t = 0; t < walk.steps; ++t) restarts[t] = s.Restarts(t0 + t);
     each_block([&](int64_t b, int64_t channel, int64_t channels) {
       if (p.states && !from_start)
         StoreNumbers(state + b * dstate, dstate, channels, p.states, s.Saved(channel, chunk));
-      LoadInputs<T>(s, channel, channels, t0, walk.steps, in);
-      prefetch_after(b, t0);
-      std::fill_n(y, walk.steps, V{});
-      const N *B = fixed_B + b * dstate, *C = fixed_C + b * dstate;
-      using Varying = Projection<N, true>;
-      using Fixed = Projection<N, false>;
-      if (p.B_varies && p.C_varies)
-        run_block(walk, b, Varying{varying_B, B, dstate}, Varying{varying_C, C, dstate});
-      else if (p.B_varies)
-        run_block(walk, b, Varying{varying_B, B, dstate}, Fixed{varying_C, C, dstate});
-      else if (p.C_varies)
-        run_block(walk, b, Fixed{varying_B, B, dstate}, Varying{varying_C, C, dstate});
-      else
-        run_block(walk, b, Fixed{varying_B, B, dstate}, Fixed{varying_C, C, dstate});
-      V D{};
-      if (o.D) LoadTile<T>(o.D, s.Vector(channel), 1, channels, &D);
+      LoadInputs<T>(s, D[b], bias[b], channel, channels, t0, walk.steps, in);
       const Place at = s.Sequence(channel, t0);
-      const WritableRows<T> out = WriteTile<T>(p.out, at, channels, y);
-      auto ungated = [&](int64_t t) { return (N::kComplex ? T(2) * y[t] : y[t]) + D * in.u[t]; };
-      if (o.z) {
-        const Rows<T> z = ReadTile<T>(o.z, at, walk.steps, channels, gate);
-        for (int64_t t = 0; t < walk.steps; ++t) out.Set(t, ungated(t) * (z[t] * Sigmoid<T>(z[t])));
-      } else {
-        for (int64_t t = 0; t < walk.steps; ++t) out.Set(t, ungated(t));
+      const Prefetch next = next_block(b, t0);
+      WithProjections<N>(p, varying_B, {fixed_B + b * dstate}, varying_C, {fixed_C + b * dstate},
+                         [&](auto B, auto C) { run_block(walk, b, next, B, C); });
+      const V *y = in.y, *gate = in.gate;
+      const WritableRows<T> out = WriteTile<T>(p.out, at, channels, in.y);
+      for (int64_t t = 0; t < walk.steps; ++t) {
+        const V whole = N::kComplex ? T(2) * y[t] : y[t];
+        out.Set(t, gate ? whole * gate[t] : whole);
       }
-      FinishTile<T>(y, walk.steps, channels, p.out, at);
+      FinishTile<T>(in.y, walk.steps, channels, p.out, at);
     });
   };
 
@@ -767,8 +844,8 @@ void BackwardTask(const Backward& p, const Tasks& tasks, const Workspace& worksp
   N* fixed_B = scratch.Take<N>(p.B_varies ? 0 : channel_states);
   N* fixed_C = scratch.Take<N>(p.C_varies ? 0 : channel_states);
   N* entry = scratch.Take<N>(dstate);
-  T* varying_B = scratch.Take<T>(p.B_varies ? p.chunk * dstate * N::kParts : 0);
-  T* varying_C = scratch.Take<T>(p.C_varies ? p.chunk * dstate * N::kParts : 0);
+  T* B_scratch = scratch.Take<T>(p.B_varies ? p.chunk * dstate * N::kParts : 0);
+  T* C_scratch = scratch.Take<T>(p.C_varies ? p.chunk * dstate * N::kParts : 0);
   // Sums over time for a fixed B or C, over the blocks of a chunk for a varying one.
   const int64_t dB_count = p.B_varies ? p.chunk * dstate : channel_states;
   const int64_t dC_count = p.C_varies ? p.chunk * dstate : channel_states;
@@ -780,10 +857,12 @@ void BackwardTask(const Backward& p, const Tasks& tasks, const Workspace& worksp
     rows += p.chunk;
     return first;
   };
-  BlockInputs<T> in{take_rows(), take_rows(), take_rows(), take_rows()};
-  V *y = take_rows(), *dy = take_rows(), *gate = take_rows(), *d_delta = take_rows(),
+  BlockInputs<T> in{take_rows(), take_rows(), take_rows(), take_rows(), nullptr, take_rows()};
+  V *y = in.y, *dy = take_rows(), *gate = take_rows(), *d_delta = take_rows(),
     *d_source = take_rows(), *d_u = take_rows();
   History<N> history{scratch.Take<N>((p.chunk + 1) * kMost), scratch.Take<N>(p.chunk * kMost)};
+  V* D = scratch.Take<V>(blocks);
+  V* bias = scratch.Take<V>(blocks);
   V* dD = scratch.Take<V>(blocks);
   V* d_bias = scratch.Take<V>(blocks);
   bool* restarts = scratch.Take<bool>(p.chunk);
@@ -801,9 +880,26 @@ void BackwardTask(const Backward& p, const Tasks& tasks, const Workspace& worksp
     LoadNumbers(o.A, s.Weight(channel), dstate, channels, A + b * dstate);
     if (!p.B_varies) LoadNumbers(o.B, s.Weight(channel), dstate, channels, fixed_B + b * dstate);
     if (!p.C_varies) LoadNumbers(o.C, s.Weight(channel), dstate, channels, fixed_C + b * dstate);
+    D[b] = bias[b] = V{};
+    if (o.D) LoadTile<T>(o.D, s.Vector(channel), 1, channels, D + b);
+    if (o.delta_bias) LoadTile<T>(o.delta_bias, s.Vector(channel), 1, channels, bias + b);
   });
 
-  auto run_block = [&](const Walk& walk, int64_t b, auto B, auto C) {
+  // What the next block reads and writes.
+  auto next_block = [&](int64_t b, int64_t t0) {
+    Prefetch next;
+    if (++b == blocks) b = 0, t0 -= p.reverse ? -p.chunk : p.chunk;
+    if (t0 < 0 || t0 >= p.length) return next;
+    const Place at = s.Sequence(s.begin + b * kWidth, t0);
+    const int64_t steps = std::min(p.chunk, p.length - t0);
+    const int64_t channels = std::min<int64_t>(kWidth, s.dim - b * kWidth);
+    for (const Array& array :
+         {o.u, o.delta, o.z, p.out_cotangent, p.cotangents.u, p.cotangents.delta, p.cotangents.z})
+      if (array) next.Add(array, at, steps, channels);
+    return next;
+  };
+
+  auto run_block = [&](const Walk& walk, int64_t b, const Prefetch& next, auto B, auto C) {
     constexpr bool kBVaries = decltype(B)::kIsVarying, kCVaries = decltype(C)::kIsVarying;
     ForGroups<kMost>(dstate, [&](int64_t n0, auto count) {
       constexpr int kCount = decltype(count)::value;
@@ -817,27 +913,30 @@ void BackwardTask(const Backward& p, const Tasks& tasks, const Workspace& worksp
       }
       for (int64_t i = 0; i < walk.steps; ++i) {
         const int64_t t = walk.Row(i);
+        if (n0 == 0) next.Row(i);
         const V delta = in.delta[t], source = in.source[t];
+        const auto B_t = B.From(t, n0);
+        const auto C_t = C.From(t, n0);
         V sum = y[t];
         N* next = history.states + (i + 1) * kCount;
         N* decays = history.decays + i * kCount;
         if (restarts[t]) {
 #pragma GCC unroll 8
           for (int n = 0; n < kCount; ++n) {
-            values[n] = B.At(t, n0 + n) * source;
+            values[n] = B_t[n] * source;
             decays[n] = N{};
           }
         } else {
 #pragma GCC unroll 8
           for (int n = 0; n < kCount; ++n) {
             decays[n] = Decay<T>(rates[n], delta);
-            values[n] = decays[n] * values[n] + B.At(t, n0 + n) * source;
+            values[n] = decays[n] * values[n] + B_t[n] * source;
           }
         }
 #pragma GCC unroll 8
         for (int n = 0; n < kCount; ++n) {
           next[n] = values[n];
-          sum += RealOfProduct(C.At(t, n0 + n), values[n]);
+          sum += RealOfProduct(C_t[n], values[n]);
         }
         y[t] = sum;
       }
@@ -852,6 +951,8 @@ void BackwardTask(const Backward& p, const Tasks& tasks, const Workspace& worksp
       for (int64_t i = walk.steps - 1; i >= 0; --i) {
         const int64_t t = walk.Row(i);
         const V delta = in.delta[t], source = in.source[t], cotangent = dy[t];
+        const auto B_t = B.From(t, n0);
+        const auto C_t = C.From(t, n0);
         V delta_sum = d_delta[t], source_sum = d_source[t];
         const N* before = history.states + i * kCount;
         const N* after = before + kCount;
@@ -859,12 +960,12 @@ void BackwardTask(const Backward& p, const Tasks& tasks, const Workspace& worksp
         const bool restart = restarts[t];
 #pragma GCC unroll 8
         for (int n = 0; n < kCount; ++n) {
-          const N lambda = values[n] + C.At(t, n0 + n) * cotangent;
+          const N lambda = values[n] + C_t[n] * cotangent;
           N& to_C = dC[kCVaries ? t * dstate + n0 + n : first + n];
           to_C = to_C + after[n] * cotangent;
           N& to_B = dB[kBVaries ? t * dstate + n0 + n : first + n];
           to_B = to_B + lambda * source;
-          source_sum += RealOfProduct(lambda, B.At(t, n0 + n));
+          source_sum += RealOfProduct(lambda, B_t[n]);
           values[n] = decays[n] * lambda;
           const N d_exponent = values[n] * before[n];
           if (!restart) {
@@ -893,27 +994,12 @@ void BackwardTask(const Backward& p, const Tasks& tasks, const Workspace& worksp
                 reinterpret_cast<T*>(to) + step * dstate * N::kParts);
   };
 
-  // The inputs of the next block, while this one is computed.
-  auto prefetch_after = [&](int64_t b, int64_t t0) {
-    if (++b == blocks) b = 0, t0 -= p.reverse ? -p.chunk : p.chunk;
-    if (t0 < 0 || t0 >= p.length) return;
-    const Place at = s.Sequence(s.begin + b * kWidth, t0);
-    const int64_t steps = std::min(p.chunk, p.length - t0);
-    const int64_t channels = std::min<int64_t>(kWidth, s.dim - b * kWidth);
-    Prefetch(o.u, at, steps, channels);
-    Prefetch(o.delta, at, steps, channels);
-    Prefetch(p.out_cotangent, at, steps, channels);
-    if (o.z) Prefetch(o.z, at, steps, channels);
-    Prefetch<true>(p.cotangents.u, at, steps, channels);
-    Prefetch<true>(p.cotangents.delta, at, steps, channels);
-    if (o.z) Prefetch<true>(p.cotangents.z, at, steps, channels);
-  };
-
   auto run_chunk = [&](int64_t chunk, bool from_start) {
     const int64_t t0 = chunk * p.chunk;
     const Walk walk{std::min(p.chunk, p.length - t0), p.reverse};
-    if (p.B_varies) LoadProjection<N>(s, o.B, t0, walk.steps, varying_B);
-    if (p.C_varies) LoadProjection<N>(s, o.C, t0, walk.steps, varying_C);
+    Varying<N> varying_B{}, varying_C{};
+    if (p.B_varies) varying_B.steps = ReadProjection<N>(s, o.B, t0, walk.steps, B_scratch);
+    if (p.C_varies) varying_C.steps = ReadProjection<N>(s, o.C, t0, walk.steps, C_scratch);
     if (p.B_varies) std::fill_n(dB, walk.steps * dstate, N{});
     if (p.C_varies) std::fill_n(dC, walk.steps * dstate, N{});
     for (int64_t t = 0; t < walk.steps; ++t) restarts[t] = s.Restarts(t0 + t);
@@ -925,7 +1011,8 @@ void BackwardTask(const Backward& p, const Tasks& tasks, const Workspace& worksp
         LoadNumbers(o.initial_state, s.State(channel), dstate, channels, entry);
       else
         std::fill_n(entry, dstate, N{});
-      LoadInputs<T>(s, channel, channels, t0, walk.steps, in);
+      LoadInputs<T>(s, N::kComplex ? T(0.5) * D[b] : D[b], bias[b], channel, channels, t0,
+                    walk.steps, in);
       const Rows<T> d_out = ReadTile<T>(p.out_cotangent, at, walk.steps, channels, dy);
       if (o.z) {
         const Rows<T> z_rows = ReadTile<T>(o.z, at, walk.steps, channels, gate);
@@ -937,33 +1024,21 @@ void BackwardTask(const Backward& p, const Tasks& tasks, const Workspace& worksp
       } else {
         for (int64_t t = 0; t < walk.steps; ++t) dy[t] = d_out[t];
       }
-      prefetch_after(b, t0);
+      const Prefetch next = next_block(b, t0);
       // y = 2 Re sum C h for complex numbers: the walk sees its cotangent doubled.
       if constexpr (N::kComplex)
         for (int64_t t = 0; t < walk.steps; ++t) dy[t] = T(2) * dy[t];
-      std::fill_n(y, walk.steps, V{});
       std::fill_n(d_delta, walk.steps, V{});
       std::fill_n(d_source, walk.steps, V{});
-      const N *B = fixed_B + b * dstate, *C = fixed_C + b * dstate;
-      using Varying = Projection<N, true>;
-      using Fixed = Projection<N, false>;
-      if (p.B_varies && p.C_varies)
-        run_block(walk, b, Varying{varying_B, B, dstate}, Varying{varying_C, C, dstate});
-      else if (p.B_varies)
-        run_block(walk, b, Varying{varying_B, B, dstate}, Fixed{varying_C, C, dstate});
-      else if (p.C_varies)
-        run_block(walk, b, Fixed{varying_B, B, dstate}, Varying{varying_C, C, dstate});
-      else
-        run_block(walk, b, Fixed{varying_B, B, dstate}, Fixed{varying_C, C, dstate});
+      WithProjections<N>(p, varying_B, {fixed_B + b * dstate}, varying_C, {fixed_C + b * dstate},
+                         [&](auto B, auto C) { run_block(walk, b, next, B, C); });
 
-      V D{};
-      if (o.D) LoadTile<T>(o.D, s.Vector(channel), 1, channels, &D);
       V D_sum = dD[b], bias_sum = d_bias[b];
       const WritableRows<T> to_u = WriteTile<T>(p.cotangents.u, at, channels, d_u);
       const WritableRows<T> to_delta = WriteTile<T>(p.cotangents.delta, at, channels, d_delta);
       for (int64_t t = 0; t < walk.steps; ++t) {
         const V u = in.u[t], d_y = N::kComplex ? T(0.5) * dy[t] : dy[t];
-        to_u.Set(t, d_source[t] * in.delta[t] + D * d_y);
+        to_u.Set(t, d_source[t] * in.delta[t] + D[b] * d_y);
         D_sum += d_y * u;
         const V d_raw = (d_delta[t] + d_source[t] * u) * in.slope[t];
         to_delta.Set(t, d_raw);
@@ -976,7 +1051,7 @@ void BackwardTask(const Backward& p, const Tasks& tasks, const Workspace& worksp
       if (o.z) {
         const WritableRows<T> to_z = WriteTile<T>(p.cotangents.z, at, channels, gate);
         for (int64_t t = 0; t < walk.steps; ++t)
-          to_z.Set(t, gate[t] * ((N::kComplex ? T(2) * y[t] : y[t]) + D * in.u[t]));
+          to_z.Set(t, gate[t] * (N::kComplex ? T(2) * y[t] : y[t]));
         FinishTile<T>(gate, walk.steps, channels, p.cotangents.z, at);
       }
     });

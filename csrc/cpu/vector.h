@@ -5,9 +5,10 @@
 // how wide a vector is there. Everything lives in an anonymous namespace, since the same names mean
 // other code in each of those files.
 //
-// Accuracy: the polynomials of Exp2 are within 2e-9 (float) and 1e-19 (double) of 2^x, so that it
-// errs by rounding alone. Below the smallest normal number Exp2 may stop at it; NaN passes through
-// everything.
+// Accuracy: the polynomials of Exp2 are within 2e-9 (float) and 3e-18 (double) of 2^x, so that it
+// errs by rounding alone. Below the smallest normal number Exp2 may stop at it, and the infinity of
+// an overflow far beyond the largest (an x of 2^23 or more) may have either sign; NaN passes
+// through everything.
 #pragma once
 
 #include <cstdint>
@@ -142,6 +143,33 @@ struct Poly<double> {
   static constexpr int kMantissa = 52;
 };
 
+// Powers of two by a table: 2^(i / lanes), and (2^x - 1) / x between two of its entries.
+template <typename T>
+struct Fractions;
+template <>
+struct Fractions<float> {
+  static constexpr float kPowers[] = {1.0f,          1.0442737824f, 1.0905077327f, 1.1387886348f,
+                                      1.1892071150f, 1.2418578121f, 1.2968395547f, 1.3542555469f,
+                                      1.4142135624f, 1.4768261459f, 1.5422108254f, 1.6104903319f,
+                                      1.6817928305f, 1.7562521604f, 1.8340080864f, 1.9152065614f};
+  static constexpr float kExp2[] = {0.693147182667f, 0.240234288027f, 0.0555021366246f};
+};
+template <>
+struct Fractions<double> {
+  static constexpr double kPowers[] = {1.0,
+                                       1.0905077326652576592,
+                                       1.1892071150027210667,
+                                       1.2968395546510096659,
+                                       1.4142135623730950488,
+                                       1.5422108254079408236,
+                                       1.6817928305074290861,
+                                       1.8340080864093424635};
+  static constexpr double kExp2[] = {0.6931471805599453181,     0.24022650695911516005,
+                                     0.055504108664802390121,   0.0096181290851791997372,
+                                     0.0013333558238702804358,  0.00015404521937451194452,
+                                     0.000015251848398709409481};
+};
+
 template <typename T, int kCount>
 inline Vec<T> Horner(Vec<T> x, const T (&c)[kCount]) {
   Vec<T> y = Splat(c[kCount - 1]);
@@ -150,30 +178,54 @@ inline Vec<T> Horner(Vec<T> x, const T (&c)[kCount]) {
   return y;
 }
 
-// 2^x: x is split into an integer, which goes into the exponent, and a rest in [-1/2, 1/2].
+// 2^whole 2^rest of a number that was split by rounding: whole is a multiple of 1 / kFractions,
+// rest at most half of that, and the last bits of rounded are those of whole * kFractions.
+#if defined(__AVX512F__)
+// The fraction of whole comes from a register, by a permutation, which leaves the polynomial little
+// to do. One more instruction scales, infinities and underflow included. In the form with a mask of
+// ones, since the plain ones make GCC warn of its own undefined vectors.
+template <typename T>
+constexpr int kFractions = kLanes<T>;
+template <typename T>
+inline Vec<T> Exp2(Vec<T> rounded, Vec<T> whole, Vec<T> rest) {
+  const Vec<T> powers = LoadUnaligned<Vec<T>>(Fractions<T>::kPowers);
+  const Vec<T> more = rest * Horner<T>(rest, Fractions<T>::kExp2);  // 2^rest - 1
+  if constexpr (sizeof(T) == 4) {
+    const Vec<T> power = _mm512_maskz_permutexvar_ps(0xffff, BitCast<__m512i>(rounded), powers);
+    return _mm512_maskz_scalef_ps(0xffff, power + power * more, whole);
+  } else {
+    const Vec<T> power = _mm512_maskz_permutexvar_pd(0xff, BitCast<__m512i>(rounded), powers);
+    return _mm512_maskz_scalef_pd(0xff, power + power * more, whole);
+  }
+}
+template <typename T>
+inline Vec<T> Clamp(Vec<T> x, T, T) {
+  return x;  // nothing that this scaling could not do
+}
+#else
+template <typename T>
+constexpr int kFractions = 1;
+template <typename T>
+inline Vec<T> Exp2(Vec<T> rounded, Vec<T>, Vec<T> rest) {
+  const IntVec<T> exponent = BitCast<IntVec<T>>(rounded) << Poly<T>::kMantissa;
+  const IntVec<T> scale = exponent + BitCast<typename VectorOf<T>::Int>(T(1));
+  return Horner<T>(rest, Poly<T>::kExp2) * BitCast<Vec<T>>(scale);
+}
+// Keeps whole within the exponents that there are. Comparisons with NaN are false: NaN stays.
+template <typename T>
+inline Vec<T> Clamp(Vec<T> x, T low, T high) {
+  x = x < low ? Splat(low) : x;
+  return x > high ? Splat(high) : x;
+}
+#endif
+
 template <typename T>
 inline Vec<T> Exp2(Vec<T> x) {
   using P = Poly<T>;
-#if defined(__AVX512F__)
-  // Two instructions that do the splitting and the scaling, infinities and underflow included. In
-  // the form with a mask of ones, since the plain ones make GCC warn of its own undefined vectors.
-  if constexpr (sizeof(T) == 4) {
-    const Vec<T> whole = _mm512_maskz_roundscale_ps(0xffff, x, _MM_FROUND_TO_NEAREST_INT);
-    return _mm512_maskz_scalef_ps(0xffff, Horner<T>(x - whole, P::kExp2), whole);
-  } else {
-    const Vec<T> whole = _mm512_maskz_roundscale_pd(0xff, x, _MM_FROUND_TO_NEAREST_INT);
-    return _mm512_maskz_scalef_pd(0xff, Horner<T>(x - whole, P::kExp2), whole);
-  }
-#else
-  // Comparisons with NaN are false: NaN stays.
-  x = x < P::kMinExponent ? Splat(P::kMinExponent) : x;
-  x = x > P::kMaxExponent ? Splat(P::kMaxExponent) : x;
-  Vec<T> shifted = x + P::kMagic;
-  Vec<T> rest = x - (shifted - P::kMagic);
-  IntVec<T> exponent = BitCast<IntVec<T>>(shifted) << P::kMantissa;
-  IntVec<T> scale = exponent + BitCast<typename VectorOf<T>::Int>(T(1));
-  return Horner<T>(rest, P::kExp2) * BitCast<Vec<T>>(scale);
-#endif
+  constexpr T kMagic = P::kMagic / kFractions<T>;
+  x = Clamp<T>(x, P::kMinExponent, P::kMaxExponent);
+  const Vec<T> rounded = x + kMagic, whole = rounded - kMagic;
+  return Exp2<T>(rounded, whole, x - whole);
 }
 
 constexpr double kLog2E = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
@@ -188,20 +240,17 @@ constexpr double kLn2High<double> = 6.93145751953125e-1;
 template <>
 constexpr double kLn2Low<double> = 1.42860682030941723212e-6;
 
-// e^x, saturating near the largest finite number: its callers need no infinity. The product with
-// log2(e) is taken of what is left after the whole powers of two, so that it costs no accuracy.
+// e^x, which may saturate near the largest finite number: its callers need no infinity. The product
+// with log2(e) is taken of what is left after the whole powers of two, so that it costs no
+// accuracy.
 template <typename T>
 inline Vec<T> Exp(Vec<T> x) {
   using P = Poly<T>;
-  constexpr T kMin = P::kMinExponent * T(kLn2), kMax = (P::kMaxExponent - T(0.5)) * T(kLn2);
-  x = x < kMin ? Splat(kMin) : x;
-  x = x > kMax ? Splat(kMax) : x;
-  Vec<T> shifted = x * T(kLog2E) + P::kMagic;
-  Vec<T> whole = shifted - P::kMagic;
-  Vec<T> rest = ((x - whole * kLn2High<T>)-whole * kLn2Low<T>)*T(kLog2E);
-  IntVec<T> exponent = BitCast<IntVec<T>>(shifted) << P::kMantissa;
-  IntVec<T> scale = exponent + BitCast<typename VectorOf<T>::Int>(T(1));
-  return Horner<T>(rest, P::kExp2) * BitCast<Vec<T>>(scale);
+  constexpr T kMagic = P::kMagic / kFractions<T>;
+  x = Clamp<T>(x, P::kMinExponent * T(kLn2), (P::kMaxExponent - T(0.5)) * T(kLn2));
+  const Vec<T> rounded = x * T(kLog2E) + kMagic, whole = rounded - kMagic;
+  const Vec<T> rest = ((x - whole * kLn2High<T>)-whole * kLn2Low<T>)*T(kLog2E);
+  return Exp2<T>(rounded, whole, rest);
 }
 
 // log(1 + y) for y in [0, 1], by 2 atanh(y / (2 + y)): exact to the last bits for tiny y too.
@@ -211,18 +260,42 @@ inline Vec<T> Log1p(Vec<T> y) {
   return T(2) * s * Horner<T>(s * s, Poly<T>::kAtanh);
 }
 
-// softplus(x) = log(1 + e^x), and x above 20.
+// e^-|x|, which softplus(x) and its slope are made of.
+template <typename T>
+inline Vec<T> ExpMinusMagnitude(Vec<T> x) {
+  const auto sign = BitCast<typename VectorOf<T>::Int>(T(-0.0));
+  return Exp<T>(BitCast<Vec<T>>(BitCast<IntVec<T>>(x) | sign));
+}
+
+// softplus(x) = log(1 + e^x), and x above 20, which floats come to by themselves.
+template <typename T>
+inline Vec<T> Softplus(Vec<T> x, Vec<T> exp_minus_magnitude) {
+  const Vec<T> positive = x < T(0) ? Vec<T>{} : x;
+  const Vec<T> soft = positive + Log1p<T>(exp_minus_magnitude);
+  if constexpr (sizeof(T) == 4) return soft;
+  return x > T(20) ? x : soft;
+}
 template <typename T>
 inline Vec<T> Softplus(Vec<T> x) {
-  Vec<T> magnitude = x < T(0) ? -x : x;
-  Vec<T> positive = x < T(0) ? Vec<T>{} : x;
-  Vec<T> soft = positive + Log1p<T>(Exp<T>(-magnitude));
-  return x > T(20) ? x : soft;
+  return Softplus<T>(x, ExpMinusMagnitude<T>(x));
+}
+
+// The derivative of Softplus: a sigmoid, and 1 above 20.
+template <typename T>
+inline Vec<T> SoftplusSlope(Vec<T> x, Vec<T> exp_minus_magnitude) {
+  const Vec<T> one = Splat(T(1)), numerator = x < T(0) ? exp_minus_magnitude : one;
+  return x > T(20) ? one : numerator / (T(1) + exp_minus_magnitude);
 }
 
 template <typename T>
 inline Vec<T> Sigmoid(Vec<T> x) {
   return T(1) / (T(1) + Exp<T>(-x));
+}
+
+// x sigmoid(x)
+template <typename T>
+inline Vec<T> Silu(Vec<T> x) {
+  return x / (T(1) + Exp<T>(-x));
 }
 
 // cos and sin of (pi / 2) x: the quadrant comes off exactly, the rest is in [-1/2, 1/2].

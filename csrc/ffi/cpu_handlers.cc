@@ -68,6 +68,7 @@ ffi::Future ForwardImpl(ffi::ThreadPool pool, bool delta_softplus, bool reverse,
   PreferLargePages(rets);
   Forward p = parsed.value();
   cpu::FoldRows(p, p.operands.initial_state || p.last_state);
+  cpu::LengthenChunks(p);
   const cpu::Tasks tasks(p);
   ffi::Promise promise;
   ffi::Future future(promise);
