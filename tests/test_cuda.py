@@ -183,6 +183,7 @@ def test_spans_agree_with_the_whole(batch: int, dim: int, length: int, reverse: 
 @pytest.mark.parametrize(
     "batch, dim",
     [
+        pytest.param(2, 60, id="few channels"),
         pytest.param(2, 2650, id="blocks of 24 channels"),
         pytest.param(16, 250, id="of 32"),
         pytest.param(3, 1690, id="of 40"),

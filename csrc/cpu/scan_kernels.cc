@@ -21,6 +21,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <initializer_list>
 #include <memory>
 #include <new>
 #include <type_traits>
@@ -531,6 +532,23 @@ struct Slice {
   int64_t batch;                // the row that places lie in
 };
 
+// What is read and written after block b of the chunk at t0: those arrays that are there, of the
+// next block or, after the last, of the first one of the chunk that is `chunk` steps further.
+template <typename T>
+Prefetch NextBlock(const Slice& s, int64_t b, int64_t t0, int64_t chunk,
+                   std::initializer_list<Array> arrays) {
+  constexpr int kWidth = kLanes<T>;
+  Prefetch next;
+  if (++b * kWidth >= s.dim) b = 0, t0 += chunk;
+  if (t0 < 0 || t0 >= s.p.length) return next;
+  const Place at = s.Sequence(s.begin + b * kWidth, t0);
+  const int64_t steps = std::min(s.p.chunk, s.p.length - t0);
+  const int64_t channels = std::min<int64_t>(kWidth, s.dim - b * kWidth);
+  for (const Array& array : arrays)
+    if (array) next.Add(array, at, steps, channels);
+  return next;
+}
+
 // A varying B or C of a chunk: at each step dstate reals, or pairs of reals.
 template <typename T>
 struct Steps {
@@ -718,19 +736,6 @@ void ForwardTask(const Forward& p, const Tasks& tasks, int64_t task) {
     if (N::kComplex) D[b] = T(0.5) * D[b];
   });
 
-  // What the next block reads and writes.
-  auto next_block = [&](int64_t b, int64_t t0) {
-    Prefetch next;
-    if (++b == blocks) b = 0, t0 += p.reverse ? -p.chunk : p.chunk;
-    if (t0 < 0 || t0 >= p.length) return next;
-    const Place at = s.Sequence(s.begin + b * kWidth, t0);
-    const int64_t steps = std::min(p.chunk, p.length - t0);
-    const int64_t channels = std::min<int64_t>(kWidth, s.dim - b * kWidth);
-    for (const Array& array : {o.u, o.delta, o.z, p.out})
-      if (array) next.Add(array, at, steps, channels);
-    return next;
-  };
-
   auto run_block = [&](const Walk& walk, int64_t b, const Prefetch& next, auto B, auto C) {
     const N* A = rate + b * dstate;
     N* h = state + b * dstate;
@@ -789,7 +794,8 @@ void ForwardTask(const Forward& p, const Tasks& tasks, int64_t task) {
         StoreNumbers(state + b * dstate, dstate, channels, p.states, s.Saved(channel, chunk));
       LoadInputs<T>(s, D[b], bias[b], channel, channels, t0, walk.steps, in);
       const Place at = s.Sequence(channel, t0);
-      const Prefetch next = next_block(b, t0);
+      const Prefetch next =
+          NextBlock<T>(s, b, t0, p.reverse ? -p.chunk : p.chunk, {o.u, o.delta, o.z, p.out});
       WithProjections<N>(p, varying_B, {fixed_B + b * dstate}, varying_C, {fixed_C + b * dstate},
                          [&](auto B, auto C) { run_block(walk, b, next, B, C); });
       const V *y = in.y, *gate = in.gate;
@@ -885,20 +891,6 @@ void BackwardTask(const Backward& p, const Tasks& tasks, const Workspace& worksp
     if (o.delta_bias) LoadTile<T>(o.delta_bias, s.Vector(channel), 1, channels, bias + b);
   });
 
-  // What the next block reads and writes.
-  auto next_block = [&](int64_t b, int64_t t0) {
-    Prefetch next;
-    if (++b == blocks) b = 0, t0 -= p.reverse ? -p.chunk : p.chunk;
-    if (t0 < 0 || t0 >= p.length) return next;
-    const Place at = s.Sequence(s.begin + b * kWidth, t0);
-    const int64_t steps = std::min(p.chunk, p.length - t0);
-    const int64_t channels = std::min<int64_t>(kWidth, s.dim - b * kWidth);
-    for (const Array& array :
-         {o.u, o.delta, o.z, p.out_cotangent, p.cotangents.u, p.cotangents.delta, p.cotangents.z})
-      if (array) next.Add(array, at, steps, channels);
-    return next;
-  };
-
   auto run_block = [&](const Walk& walk, int64_t b, const Prefetch& next, auto B, auto C) {
     constexpr bool kBVaries = decltype(B)::kIsVarying, kCVaries = decltype(C)::kIsVarying;
     ForGroups<kMost>(dstate, [&](int64_t n0, auto count) {
@@ -918,7 +910,7 @@ void BackwardTask(const Backward& p, const Tasks& tasks, const Workspace& worksp
         const auto B_t = B.From(t, n0);
         const auto C_t = C.From(t, n0);
         V sum = y[t];
-        N* next = history.states + (i + 1) * kCount;
+        N* after = history.states + (i + 1) * kCount;
         N* decays = history.decays + i * kCount;
         if (restarts[t]) {
 #pragma GCC unroll 8
@@ -935,7 +927,7 @@ void BackwardTask(const Backward& p, const Tasks& tasks, const Workspace& worksp
         }
 #pragma GCC unroll 8
         for (int n = 0; n < kCount; ++n) {
-          next[n] = values[n];
+          after[n] = values[n];
           sum += RealOfProduct(C_t[n], values[n]);
         }
         y[t] = sum;
@@ -1024,7 +1016,9 @@ void BackwardTask(const Backward& p, const Tasks& tasks, const Workspace& worksp
       } else {
         for (int64_t t = 0; t < walk.steps; ++t) dy[t] = d_out[t];
       }
-      const Prefetch next = next_block(b, t0);
+      const Prefetch next = NextBlock<T>(
+          s, b, t0, p.reverse ? p.chunk : -p.chunk,
+          {o.u, o.delta, o.z, p.out_cotangent, p.cotangents.u, p.cotangents.delta, p.cotangents.z});
       // y = 2 Re sum C h for complex numbers: the walk sees its cotangent doubled.
       if constexpr (N::kComplex)
         for (int64_t t = 0; t < walk.steps; ++t) dy[t] = T(2) * dy[t];

@@ -27,10 +27,10 @@
 // Shared memory, twice, for the tile that is walked and for the one that is staged or finished:
 // delta, delta * u and dy, B and C, the sums over n, and what the gradients of elements need (where
 // early states take its place, stagers keep that in registers); once: each warp's sums over
-// channels. Sums across lanes halve what they sum with every shuffle. Which
-// register holds which state or channel depends on the lane, so that what a lane keeps always comes
-// first and needs no select. Nothing is added atomically: blocks write partial sums, and a second
-// kernel adds them in order.
+// channels. Sums across lanes halve what they sum with every shuffle. Which register holds which
+// state or channel depends on the lane, so that what a lane keeps always comes first and needs no
+// select. Nothing is added atomically: blocks write partial sums, and a second kernel adds them in
+// order.
 //
 // Cost per (b, d, t, n): two exp2, 13 multiplies and FMAs, about 4 instructions of sums, and 5
 // registers to and from shared memory, 25 instructions in all with 2 states and 2 channels to a
@@ -83,9 +83,8 @@ struct BackwardShared {
   static constexpr int kEarly = !kCrowded ? 0 : kElements == Elements::kFloat ? 6 : 7;
   alignas(16)
       float4 early[kEarly ? kEarly : 1][kEarly ? kStates * kPerLane / 4 : 1][kEarly ? kWalkers : 1];
-  // What the gradients of a pair need again, where those who stage lack the registers for it.
-  static constexpr bool kKeepsInRegisters = kCrowded;
-  static constexpr int kKept = kKeepsInRegisters ? 1 : kPairs;
+  // What the gradients of a pair need again. Stagers of crowded walkers have registers for it.
+  static constexpr int kKept = kCrowded ? 1 : kPairs;
   alignas(16) float4 inputs[2][kKept];
   alignas(16) float2 gates[2][kKept];
   // d(delta u), d(delta), y: sums over n. Stagers finish one tile's while the next are made.
@@ -228,7 +227,7 @@ __global__ void __launch_bounds__(kWalkers + kStagers, kWalkers == 128 ? 2 : 1)
   // In registers: of the tile that was staged last, and of the one before.
   [[maybe_unused]] Kept kept_of_staged[kPairs] = {}, kept_of_walked[kPairs] = {};
   auto keep = [&](int buffer, int k, const Kept& kept) {
-    if constexpr (Shared::kKeepsInRegisters) {
+    if constexpr (Shared::kCrowded) {
       kept_of_staged[k] = kept;
     } else if (sequences.Mine(k)) {
       shared.inputs[buffer][sequences.Index(k)] = kept.input;
@@ -236,7 +235,7 @@ __global__ void __launch_bounds__(kWalkers + kStagers, kWalkers == 128 ? 2 : 1)
     }
   };
   auto kept = [&](int buffer, int k) {
-    if constexpr (Shared::kKeepsInRegisters) return kept_of_walked[k];
+    if constexpr (Shared::kCrowded) return kept_of_walked[k];
     const int place = sequences.Mine(k) ? sequences.Index(k) : 0;
     return Kept{shared.inputs[buffer][place], shared.gates[buffer][place]};
   };
@@ -286,14 +285,15 @@ __global__ void __launch_bounds__(kWalkers + kStagers, kWalkers == 128 ? 2 : 1)
       const int64_t to = block_index * p.length * p.dstate +
                          (p.channel_last ? t * p.dstate + state : state * p.length + t);
       float sums[2][kParts] = {};
+      const int row = rows.Row(offset);
 #pragma unroll
-      for (int warp = 0; warp < kWalkers / kWarp; ++warp)
+      for (int warp = 0; warp < kWalkers / kWarp; ++warp) {
+        const float* sums_of_warp = shared.channel_sums[turn % Shared::kSetsOfSums][warp][row];
 #pragma unroll
         for (int k = 0; k < 2 * kParts; ++k)
-          sums[k / kParts][k % kParts] +=
-              shared.channel_sums[turn %
-                                  Shared::kSetsOfSums][warp][rows.Row(offset)][Shared::PlaceOfSum(
-                  rows.Row(offset), (k / kParts * kGroup + n) * kParts + k % kParts)];
+          sums[k / kParts][k % kParts] += sums_of_warp[Shared::PlaceOfSum(
+              row, (k / kParts * kGroup + n) * kParts + k % kParts)];
+      }
       float* to_B = reinterpret_cast<float*>(base + workspace.dB) + to * kParts;
       float* to_C = reinterpret_cast<float*>(base + workspace.dC) + to * kParts;
 #pragma unroll
