@@ -78,11 +78,16 @@ struct BackwardShared {
   // One is walked, the other staged.
   Staged sequences[2];
   StagedProjections projections[2];
-  // The states on entering a tile and after its first steps, where they exceed the registers.
+  // The states on entering either tile, saved by the forward pass. 4 more channels, so that a
+  // warp's are on different banks, or on the same two at most.
+  alignas(16) Number entering[2][kGroup][kChannels + 4];
+  // Where a lane's states of all steps exceed the registers, it takes a tile in halves, and those
+  // of the first wait here while it takes the second. It also halves the code, which the caches of
+  // instructions do not hold otherwise.
   static constexpr bool kCrowded = kStagers && kStates * kPerLane > 4;
-  static constexpr int kEarly = !kCrowded ? 0 : kElements == Elements::kFloat ? 6 : 7;
-  alignas(16)
-      float4 early[kEarly ? kEarly : 1][kEarly ? kStates * kPerLane / 4 : 1][kEarly ? kWalkers : 1];
+  static constexpr int kHalves = kCrowded ? 2 : 1, kSteps = kTile / kHalves;
+  alignas(16) float4 early[kCrowded ? kSteps - 1 : 1][kCrowded ? kStates * kPerLane / 4 : 1]
+                          [kCrowded ? kWalkers : 1];
   // What the gradients of a pair need again. Stagers of crowded walkers have registers for it.
   static constexpr int kKept = kCrowded ? 1 : kPairs;
   alignas(16) float4 inputs[2][kKept];
@@ -105,17 +110,26 @@ struct BackwardShared {
     return kSwaps ? value ^ (row & 1) * (kValues / 2) : value;
   }
   // Two where there is room: then walkers need not wait for those of the last tile to be used.
-  static constexpr int kSetsOfSums = kWaits ? 2 : 1;
+  static constexpr int kSetsOfSums = kWaits && kPlain ? 2 : 1;
   alignas(16) float channel_sums[kSetsOfSums][kWalkers / kWarp][kTile][kRowOfSums];
   Vectors<kChannels> vectors;
-  // Each staging thread's sums of dD and d_bias. Where channels are last, pairs that are kAcross
-  // apart are of the same two; where time is last, a pair is of one channel.
+  // Each staging thread's sums of dD and d_bias, kept where inputs and gates are. Where channels
+  // are last, pairs that are kAcross apart are of the same two; where time is last, a pair is of
+  // one channel.
   static constexpr int kVectorSums =
       kLayout == Layout::kChannelLast ? Sequences::kAcross : Sequences::kCount;
   using VectorSum = std::conditional_t<kLayout == Layout::kTimeLast, float2, float4>;
-  alignas(16) VectorSum vector_sums[kVectorSums * kStaging];
-  // What comes next, as it lies in memory: u, delta, z, cotangent of out; B, C.
-  typename Sequences::Slot next_sequences[4][kPairs];
+  alignas(16) VectorSum vector_sums[kCrowded ? 1 : kVectorSums * kStaging];
+  // Pairs that a stager works on at once. The loops over the others are not unrolled, unless a
+  // pair's registers have to be known.
+  static constexpr int kBatch =
+      kCrowded && kElements != Elements::kFloat ? Sequences::kCount : (Sequences::kCount + 1) / 2;
+  static constexpr int kBatches = Sequences::kCount / kBatch;
+  static_assert(kBatches * kBatch == Sequences::kCount);
+  // What comes next, as it lies in memory: u, delta, z, cotangent of out; B, C. For want of room
+  // it may be a batch instead of a tile.
+  static constexpr bool kInBatches = kCrowded && kBatches > 1;
+  typename Sequences::Slot next_sequences[4][kInBatches ? kBatch * kStaging : kPairs];
   typename Projections::Slot next_projections[2][Projections::kCount * kStaging];
 };
 
@@ -131,7 +145,7 @@ __device__ inline void Split(Complex x, float* to) { to[0] = x.re, to[1] = x.im;
 
 template <typename Number, int kStates, int kLanes, int kPerLane, int kWalkers, int kStagers,
           bool kWaits, Elements kElements, Layout kLayout>
-__global__ void __launch_bounds__(kWalkers + kStagers, kWalkers == 128 ? 2 : 1)
+__global__ void __launch_bounds__(kWalkers + kStagers)
     BackwardKernel(const __grid_constant__ Backward p, const __grid_constant__ Plan plan,
                    const __grid_constant__ BackwardWorkspace workspace) {
   using Shared = BackwardShared<Number, kStates, kLanes, kPerLane, kWalkers, kStagers, kWaits,
@@ -168,12 +182,26 @@ __global__ void __launch_bounds__(kWalkers + kStagers, kWalkers == 128 ? 2 : 1)
     return Rows(p, plan, tile, p.reverse, first_tile <= tile && tile < last_tile);
   };
   int64_t next_sequences = sequences.At(rows_of(last_tile - 1));
-  auto load_sequences = [&](const Rows& rows) {
-    sequences.Prefetch(o.u, next_sequences, rows, shared.next_sequences[0]);
-    sequences.Prefetch(o.delta, next_sequences, rows, shared.next_sequences[1]);
-    sequences.Prefetch(o.z, next_sequences, rows, shared.next_sequences[2], 0, has_z);
-    sequences.Prefetch(p.out_cotangent, next_sequences, rows, shared.next_sequences[3]);
-    next_sequences -= sequences.Stride();
+  using Place = typename Sequences::Place;
+  constexpr int kBatch = Shared::kBatch, kBatches = Shared::kBatches;
+  auto slot_of = [&](int batch, int i) {
+    return Place::template InGroup<kBatch>(Shared::kInBatches ? 0 : batch, i);
+  };
+  auto load_pair = [&](const Rows& rows, Place k, Place slot) {
+    auto load = [&](const Array& from, int i, bool wanted = true) {
+      sequences.PrefetchPair(from, next_sequences, rows, shared.next_sequences[i], k, slot, wanted);
+    };
+    load(o.u, 0);
+    load(o.delta, 1);
+    load(o.z, 2, has_z);
+    load(p.out_cotangent, 3);
+  };
+  // Batches are loaded in order, tile by tile.
+  auto load_batch = [&](const Rows& rows, int batch) {
+#pragma unroll(Shared::kCrowded ? 1 : kBatch)
+    for (int i = 0; i < kBatch; ++i)
+      load_pair(rows, Place::template InGroup<kBatch>(batch, i), slot_of(batch, i));
+    if (batch + 1 == kBatches) next_sequences -= sequences.Stride();
   };
   int64_t next_projections = projections.At(rows_of(last_tile - 1));
   auto load_projections = [&](const Rows& rows, int group) {
@@ -184,12 +212,48 @@ __global__ void __launch_bounds__(kWalkers + kStagers, kWalkers == 128 ? 2 : 1)
     SendCopies();
     next_projections -= projections.Stride();
   };
+  // The states on entering a tile. Copies, as above: a load into registers would have walkers wait
+  // for global memory where the compiler has them wait for some other load.
+  const int64_t states_stride = (p.reverse ? -p.dstate : p.dstate) * p.dim;  // of a tile
+  const Number* states = static_cast<const Number*>(p.states.data) +
+                         TransposedIndex(p, block,
+                                         block.row * (plan.tiles - 1) +
+                                             (p.reverse ? plan.tiles - last_tile : last_tile - 2),
+                                         0, 0);
+  // 16 bytes at a time, where that is how channels are aligned.
+  constexpr int kWide = 16 / sizeof(Number);
+  const bool wide =
+      p.dim % kWide == 0 && block.first_channel % kWide == 0 && block.channels % kWide == 0;
+  auto load_states = [&](int tile, int group, int turn) {
+    const Number* const initial = static_cast<const Number*>(o.initial_state.data);
+    const bool is_first = tile == 0, exists = tile > 0 || (is_first && initial);
+    const int states_there = exists ? static_cast<int>(p.dstate) - group * kGroup : 0;
+    auto copy = [&](auto numbers, const Number* from, int64_t of_state, int64_t of_channel) {
+      constexpr int kNumbers = decltype(numbers)::value, kOfRow = kChannels / kNumbers;
+      static_assert(kChannels % kNumbers == 0);
+#pragma unroll 1
+      for (int i = stager; i < kGroup * kOfRow; i += Shared::kStaging) {
+        const int n = i / kOfRow, channel = i % kOfRow * kNumbers;
+        CopyAsync<kNumbers * sizeof(Number)>(&shared.entering[turn][n][channel],
+                                             from + n * of_state + channel * of_channel,
+                                             n < states_there && channel < block.channels);
+      }
+    };
+    const std::integral_constant<int, 1> one;
+    if (is_first && initial)
+      copy(one, initial + StateIndex(p, block, 0, group * kGroup), 1, p.dstate);
+    else if (wide)
+      copy(std::integral_constant<int, kWide>(), states + group * kGroup * p.dim, p.dim, 1);
+    else
+      copy(one, states + group * kGroup * p.dim, p.dim, 1);
+    if (group + 1 == groups) states -= states_stride;
+  };
   // No branches in what follows: they would keep steps and staging apart.
   struct Pair {
     uint2 u, delta, z, out_cotangent;
   };
-  auto take_sequences = [&](int k) {
-    auto take = [&](int i) { return sequences.Take(shared.next_sequences[i], k); };
+  auto take_sequences = [&](Place slot) {
+    auto take = [&](int i) { return sequences.Take(shared.next_sequences[i], slot); };
     return Pair{take(0), take(1), take(2), take(3)};
   };
   struct ProjectionPair {
@@ -199,7 +263,7 @@ __global__ void __launch_bounds__(kWalkers + kStagers, kWalkers == 128 ? 2 : 1)
     auto take = [&](int i) { return projections.Take(shared.next_projections[i], k); };
     return ProjectionPair{take(0), take(1)};
   };
-  auto stage_sequences = [&](const Rows& rows, int k, const Pair& pair, Staged& to) -> Kept {
+  auto stage_sequences = [&](const Rows& rows, Place k, const Pair& pair, Staged& to) -> Kept {
     if (!sequences.Mine(k)) return {};
     const float2 input = sequences.Widen(pair.u, o.u);
     float2 dy = sequences.Widen(pair.out_cotangent, p.out_cotangent);
@@ -226,16 +290,16 @@ __global__ void __launch_bounds__(kWalkers + kStagers, kWalkers == 128 ? 2 : 1)
   };
   // In registers: of the tile that was staged last, and of the one before.
   [[maybe_unused]] Kept kept_of_staged[kPairs] = {}, kept_of_walked[kPairs] = {};
-  auto keep = [&](int buffer, int k, const Kept& kept) {
+  auto keep = [&](int buffer, Place k, const Kept& kept) {
     if constexpr (Shared::kCrowded) {
-      kept_of_staged[k] = kept;
+      kept_of_staged[k.Number()] = kept;
     } else if (sequences.Mine(k)) {
       shared.inputs[buffer][sequences.Index(k)] = kept.input;
       shared.gates[buffer][sequences.Index(k)] = kept.gate;
     }
   };
-  auto kept = [&](int buffer, int k) {
-    if constexpr (Shared::kCrowded) return kept_of_walked[k];
+  auto kept = [&](int buffer, Place k) {
+    if constexpr (Shared::kCrowded) return kept_of_walked[k.Number()];
     const int place = sequences.Mine(k) ? sequences.Index(k) : 0;
     return Kept{shared.inputs[buffer][place], shared.gates[buffer][place]};
   };
@@ -273,7 +337,7 @@ __global__ void __launch_bounds__(kWalkers + kStagers, kWalkers == 128 ? 2 : 1)
   // The block's sums over channels, into its own part of the workspace.
   auto finish_projections = [&](const Rows& rows, int group, int turn) {
     constexpr int kSums = kTile * kGroup;
-#pragma unroll
+#pragma unroll(kStagers ? 1 : kSums)
     for (int i0 = 0; i0 < kSums; i0 += Shared::kStaging) {
       const int i = i0 + stager;
       const int offset = p.channel_last ? i / kGroup : i % kTile;
@@ -304,8 +368,16 @@ __global__ void __launch_bounds__(kWalkers + kStagers, kWalkers == 128 ? 2 : 1)
     }
   };
   int64_t finished = sequences.At(rows_of(last_tile - 1)) + sequences.Stride();
-  auto* const vector_sums = shared.vector_sums + sequences.Index(0);
-  auto finish = [&](const Rows& rows, int k, const Staged& from, const Kept& kept,
+  using VectorSum = typename Shared::VectorSum;
+  [[maybe_unused]] VectorSum vector_sums[Shared::kVectorSums] = {};
+  auto vector_sum = [&](Place k) -> VectorSum& {
+    const Place first = kLayout == Layout::kChannelLast ? Place(k.across) : k;
+    if constexpr (Shared::kCrowded)
+      return vector_sums[first.Number()];
+    else
+      return shared.vector_sums[sequences.Index(first)];
+  };
+  auto finish = [&](const Rows& rows, Place k, const Staged& from, const Kept& kept,
                     const float* sums) {
     if (!sequences.Mine(k)) return;
     const float2 D = sequences.OfLines(shared.vectors.D, k);
@@ -323,16 +395,14 @@ __global__ void __launch_bounds__(kWalkers + kStagers, kWalkers == 128 ? 2 : 1)
     sequences.Store(p.cotangents.delta, finished, rows, k, d_delta.x, d_delta.y);
     sequences.Store(p.cotangents.z, finished, rows, k, d_gate.x * fmaf(kParts, y.x, D.x * input.x),
                     d_gate.y * fmaf(kParts, y.y, D.y * input.y), has_z);
-    // Nothing was walked yet before the first tile.
-    const bool exists = rows.steps > 0;
-    auto& at = vector_sums[k % Shared::kVectorSums * Shared::kStaging];
-    const auto sum = at;
+    // Nothing was walked yet before the first tile; stagers do not come here then.
+    if (!kStagers && rows.steps == 0) return;
+    auto& sum = vector_sum(k);
     if constexpr (kLayout == Layout::kTimeLast)
-      at = {exists ? fmaf(dy.x, input.x, fmaf(dy.y, input.y, sum.x)) : 0.0f,
-            exists ? sum.y + (d_delta.x + d_delta.y) : 0.0f};
+      sum = {fmaf(dy.x, input.x, fmaf(dy.y, input.y, sum.x)), sum.y + (d_delta.x + d_delta.y)};
     else
-      at = {exists ? fmaf(dy.x, input.x, sum.x) : 0.0f, exists ? fmaf(dy.y, input.y, sum.y) : 0.0f,
-            exists ? sum.z + d_delta.x : 0.0f, exists ? sum.w + d_delta.y : 0.0f};
+      sum = {fmaf(dy.x, input.x, sum.x), fmaf(dy.y, input.y, sum.y), sum.z + d_delta.x,
+             sum.w + d_delta.y};
   };
   const int64_t slot = block.span * p.batch + block.row;
   auto finish_vectors = [&] {
@@ -343,8 +413,8 @@ __global__ void __launch_bounds__(kWalkers + kStagers, kWalkers == 128 ? 2 : 1)
     float* sum_bias = shared.sums[0] + Shared::kSums;
 #pragma unroll
     for (int k = 0; k < kPairs; ++k) {
-      typename Shared::VectorSum sum{};
-      if (k < Shared::kVectorSums) sum = vector_sums[k * Shared::kStaging];
+      VectorSum sum{};
+      if (k < Shared::kVectorSums) sum = vector_sum(k);
       if constexpr (kLayout == Layout::kTimeLast) {
         sequences.Put(sum_D, k, sum.x, 0.0f);
         sequences.Put(sum_bias, k, sum.y, 0.0f);
@@ -367,7 +437,11 @@ __global__ void __launch_bounds__(kWalkers + kStagers, kWalkers == 128 ? 2 : 1)
     }
   };
   if (stager >= 0) {
-    load_sequences(rows_of(last_tile - 1));
+#pragma unroll
+    for (int k = 0; k < Shared::kVectorSums; ++k) vector_sum(k) = {};
+    for (int batch = 0; batch < (Shared::kInBatches ? 1 : kBatches); ++batch)
+      load_batch(rows_of(last_tile - 1), batch);
+    load_states(last_tile - 1, 0, 0);
     load_projections(rows_of(last_tile - 1), 0);
   }
   __syncthreads();
@@ -379,54 +453,62 @@ __global__ void __launch_bounds__(kWalkers + kStagers, kWalkers == 128 ? 2 : 1)
         Staged& to = shared.sequences[parity];
         const bool last_group = group + 1 == groups;
         const Rows rows = rows_of(tile), next = rows_of(last_group ? tile - 1 : tile);
-        // The last pairs wait in registers, so that the next tile can be sent for before they are
-        // staged.
-        constexpr int kHeld = kPairs > 1 ? kPairs / 2 : 1;
-        Pair held[kHeld];
-        ProjectionPair held_projections[kProjectionPairs];
         WaitForCopies();
-        if (group == 0) {
+        // Taken into registers before the next ones are sent to the same place.
+        ProjectionPair raw_projections[kProjectionPairs];
 #pragma unroll
-          for (int k = 0; k < kPairs - kHeld; ++k)
-            keep(parity, k, stage_sequences(rows, k, take_sequences(k), to));
-#pragma unroll
-          for (int k = 0; k < kHeld; ++k) held[k] = take_sequences(kPairs - kHeld + k);
-        }
-#pragma unroll
-        for (int k = 0; k < kProjectionPairs; ++k) held_projections[k] = take_projections(k);
-        if (last_group) load_sequences(next);
+        for (int k = 0; k < kProjectionPairs; ++k) raw_projections[k] = take_projections(k);
         load_projections(next, last_group ? 0 : group + 1);
 #pragma unroll
         for (int k = 0; k < kProjectionPairs; ++k)
-          stage_varying(k, held_projections[k], shared.projections[turn]);
-        if (group == 0) {
+          stage_varying(k, raw_projections[k], shared.projections[turn]);
+        if (group == 0 || last_group) {
+#pragma unroll(Shared::kCrowded ? kBatches : 1)
+          for (int batch = 0; batch < kBatches; ++batch) {
+            Pair raw[kBatch];
+            if (Shared::kInBatches && batch) WaitForCopies();
+            if (group == 0)
 #pragma unroll
-          for (int k = 0; k < kHeld; ++k)
-            keep(parity, kPairs - kHeld + k,
-                 stage_sequences(rows, kPairs - kHeld + k, held[k], to));
-          stage_restarts(rows, to);
+              for (int i = 0; i < kBatch; ++i) raw[i] = take_sequences(slot_of(batch, i));
+            if (last_group) {
+              const bool later = Shared::kInBatches && batch + 1 < kBatches;
+              load_batch(later ? rows : next, Shared::kInBatches ? (batch + 1) % kBatches : batch);
+              SendCopies();
+            }
+            if (group == 0)
+#pragma unroll
+              for (int i = 0; i < kBatch; ++i) {
+                const Place k = Place::template InGroup<kBatch>(batch, i);
+                keep(parity, k, stage_sequences(rows, k, raw[i], to));
+              }
+          }
+          if (group == 0) stage_restarts(rows, to);
         }
         if (!kPlain) stage_fixed(group, shared.projections[turn]);
         turn ^= 1;
       };
-      auto finish_pairs = [&](const Rows& rows, int parity, int first, int last) {
+      auto finish_pairs = [&](const Rows& rows, int parity) {
+        if (rows.steps == 0) return;
+#pragma unroll(Shared::kCrowded ? kBatches : 1)
+        for (int batch = 0; batch < kBatches; ++batch) {
 #pragma unroll
-        for (int k = 0; k < kPairs; ++k)
-          if (first <= k && k < last)
+          for (int i = 0; i < kBatch; ++i) {
+            const Place k = Place::template InGroup<kBatch>(batch, i);
             finish(rows, k, shared.sequences[parity], kept(parity, k), shared.sums[parity]);
+          }
+        }
       };
       // Stages a tile, and finishes the one before, whose buffers are next to be filled.
       auto take_turns = [&](int tile, int parity) {
         for (int group = 0; group < groups; ++group) {
           stage(tile, group, parity);
           Meet<kWalkers + kStagers>();
+          const bool last_group = group + 1 == groups;
+          load_states(last_group ? tile - 1 : tile, last_group ? 0 : group + 1, turn);
+          SendCopies();
           const Rows previous = rows_of(tile + 1);
           finish_projections(group ? rows_of(tile) : previous, group ? group - 1 : groups - 1,
                              turn);
-          // The walk that has begun needs the place of these for its way back, if there is but one.
-          // A third of the rest is what there is time for until then.
-          constexpr int kSoon = Shared::kSetsOfSums == 1 ? kPairs / 3 : 0;
-          if (group == 0) finish_pairs(previous, 1 - parity, 0, kSoon);
           // Where there are two, stagers meet as often as walkers do all the same: it is by
           // counting that racecheck tells what was before and what after.
           if constexpr (Shared::kSetsOfSums == 1)
@@ -434,27 +516,18 @@ __global__ void __launch_bounds__(kWalkers + kStagers, kWalkers == 128 ? 2 : 1)
           else
             Meet<kStagers, 2>();
           if (group > 0) continue;
-          finish_pairs(previous, 1 - parity, kSoon, kPairs);
+          finish_pairs(previous, 1 - parity);
           finished -= sequences.Stride();
 #pragma unroll
           for (int k = 0; k < kPairs; ++k) kept_of_walked[k] = kept_of_staged[k];
         }
       };
       int parity = 0;
-      if constexpr (kWaits) {
-        // Two tiles at a time, which spares the registers of addresses.
-        for (int tile = last_tile - 1; tile >= first_tile; tile -= 2) {
-          take_turns(tile, 0);
-          if (tile > first_tile) take_turns(tile - 1, 1);
-        }
-        parity = (last_tile - first_tile) & 1;
-      } else {
-        for (int tile = last_tile - 1; tile >= first_tile; --tile, parity ^= 1)
-          take_turns(tile, parity);
-      }
+      for (int tile = last_tile - 1; tile >= first_tile; --tile, parity ^= 1)
+        take_turns(tile, parity);
       Meet<kWalkers + kStagers>();
       finish_projections(rows_of(first_tile), groups - 1, turn ^ 1);
-      finish_pairs(rows_of(first_tile), parity ^ 1, 0, kPairs);
+      finish_pairs(rows_of(first_tile), parity ^ 1);
       finish_vectors();
       return;
     }
@@ -540,35 +613,6 @@ __global__ void __launch_bounds__(kWalkers + kStagers, kWalkers == 128 ? 2 : 1)
     }
   }
 
-  // The states on entering a tile, saved by the forward pass.
-  Number entering[kStates][kPerLane];
-  const int64_t states_stride = (p.reverse ? -p.dstate : p.dstate) * p.dim;  // of a tile
-  const Number* states = static_cast<const Number*>(p.states.data) +
-                         TransposedIndex(p, block,
-                                         block.row * (plan.tiles - 1) +
-                                             (p.reverse ? plan.tiles - last_tile : last_tile - 2),
-                                         walker / kLanes * kPerLane, lane * kStates);
-  auto load_states = [&](int tile, int group) {
-    each([&](int i, int j) {
-      const bool exists =
-          tile > 0 && channel_of(j) < block.channels && state_of(group, i) < p.dstate;
-      const Number* from =
-          states + (group * kGroup + (i ^ state_swap)) * p.dim + (j ^ channel_swap);
-      entering[i][j] = exists ? *from : Number{};
-    });
-    if (group + 1 == groups) states -= states_stride;
-  };
-  auto load_initial_state = [&](int group) {
-    each([&](int i, int j) {
-      const int64_t n = state_of(group, i);
-      const int channel = channel_of(j);
-      if (channel < block.channels && n < p.dstate)
-        entering[i][j] =
-            static_cast<const Number*>(o.initial_state.data)[StateIndex(p, block, channel, n)];
-    });
-  };
-
-  load_states(last_tile - 1, 0);
   if constexpr (!kStagers) {
     WaitForCopies();
     Staged& to = shared.sequences[0];
@@ -592,35 +636,36 @@ __global__ void __launch_bounds__(kWalkers + kStagers, kWalkers == 128 ? 2 : 1)
     float* const to_sums = sums_of_lane + (kStagers ? parity * Shared::kAllSums : 0);
     [[maybe_unused]] float* const sums_of_tile = shared.sums[kStagers ? parity : 0];
     for (int group = 0; group < groups; ++group, turn ^= 1) {
-      const bool last_group = group + 1 == groups;
-      const int next_group = last_group ? 0 : group + 1;
       const StagedProjections& staged_projections = shared.projections[turn];
       auto& channel_sums = shared.channel_sums[turn % Shared::kSetsOfSums][walker / kWarp];
       [[maybe_unused]] StagedProjections& staging_projections = shared.projections[turn ^ 1];
-      if (!tile && o.initial_state.data) load_initial_state(group);
-      Number history[kTile + 1][kStates][kPerLane];
-      each([&](int i, int j) { history[0][i][j] = entering[i][j]; });
-      // Those of a lane's states that wait in shared memory, by the step that they enter.
+      constexpr int kSteps = Shared::kSteps;
+      Number history[kSteps + 1][kStates][kPerLane];
+      auto entering = [&](int i, int j) {
+        return shared.entering[turn][lane * kStates + (i ^ state_swap)][channel_of(j)];
+      };
+      // Of step t of a half, in the first of which they wait in shared memory.
       constexpr int kQuarters = kStates * kPerLane / 4;
-      auto put_early = [&](int t) {
-        if constexpr (Shared::kEarly > 0) {
+      auto put_early = [&](int half, int t) {
+        if constexpr (Shared::kCrowded) {
+          if (!t || half) return;
           const Number* h = &history[t][0][0];
-          if (t < Shared::kEarly)
 #pragma unroll
-            for (int k = 0; k < kQuarters; ++k)
-              shared.early[t][k][threadIdx.x] = {h[4 * k], h[4 * k + 1], h[4 * k + 2],
-                                                 h[4 * k + 3]};
+          for (int k = 0; k < kQuarters; ++k)
+            shared.early[t - 1][k][threadIdx.x] = {h[4 * k], h[4 * k + 1], h[4 * k + 2],
+                                                   h[4 * k + 3]};
         }
       };
-      auto get_early = [&](int t) {
-        if constexpr (Shared::kEarly > 0) {
+      auto get_early = [&](int half, int t) {
+        if (!t && !half) each([&](int i, int j) { history[0][i][j] = entering(i, j); });
+        if constexpr (Shared::kCrowded) {
+          if (!t || half) return;
           Number* h = &history[t][0][0];
-          if (t < Shared::kEarly)
 #pragma unroll
-            for (int k = 0; k < kQuarters; ++k) {
-              const float4 x = shared.early[t][k][threadIdx.x];
-              h[4 * k] = x.x, h[4 * k + 1] = x.y, h[4 * k + 2] = x.z, h[4 * k + 3] = x.w;
-            }
+          for (int k = 0; k < kQuarters; ++k) {
+            const float4 x = shared.early[t - 1][k][threadIdx.x];
+            h[4 * k] = x.x, h[4 * k + 1] = x.y, h[4 * k + 2] = x.z, h[4 * k + 3] = x.w;
+          }
         }
       };
       if (waits) {
@@ -640,7 +685,8 @@ __global__ void __launch_bounds__(kWalkers + kStagers, kWalkers == 128 ? 2 : 1)
       const uint32_t restarts = !kPlain && p.has_segments ? staged.restarts : 0;
       if constexpr (!kStagers) {
         // Loaded here, staged in the second half of the walk back.
-        load_sequences(next);
+        for (int batch = 0; batch < kBatches; ++batch) load_batch(next, batch);
+        load_states(tile - 1, 0, turn ^ 1);
         load_projections(next, 0);
         if (!kPlain) {
           stage_fixed(0, staging_projections);
@@ -663,23 +709,30 @@ __global__ void __launch_bounds__(kWalkers + kStagers, kWalkers == 128 ? 2 : 1)
         }
       };
 
+      each([&](int i, int j) { history[0][i][j] = entering(i, j); });
       // The tile before is finished on the way, as long as there are registers without a history.
+#pragma unroll 1
+      for (int half = 0; half < Shared::kHalves; ++half) {
+        if (half) each([&](int i, int j) { history[0][i][j] = history[kSteps][i][j]; });
 #pragma unroll
-      for (int t = 0; t < kTile; ++t) {
-        float2 step[kPerLane];
+        for (int t = 0; t < kSteps; ++t) {
+          const int row = half * kSteps + t;
+          float2 step[kPerLane];
 #pragma unroll
-        for (int j = 0; j < kPerLane; ++j) step[j] = staged.steps[t * kStep + channel_of(j)];
-        Number b[kStates][kPerLane];
-        load(staged_projections.B, B_varies, t, b);
-        if constexpr (!kStagers)
-          if (t % 2 && t / 2 < kPairs)
-            finish(previous, t / 2, staging, kept(parity ^ 1, t / 2), shared.sums[0]);
-        put_early(t);
-        each([&](int i, int j) {
-          Number h = history[t][i][j];
-          if constexpr (!kPlain) h = Unless(restarts & 1u << t, h);
-          history[t + 1][i][j] = MultiplyAdd(Decay(rate[i][j], step[j].x), h, b[i][j] * step[j].y);
-        });
+          for (int j = 0; j < kPerLane; ++j) step[j] = staged.steps[row * kStep + channel_of(j)];
+          Number b[kStates][kPerLane];
+          load(staged_projections.B, B_varies, row, b);
+          if constexpr (!kStagers)
+            if (t % 2 && t / 2 < kPairs)
+              finish(previous, t / 2, staging, kept(parity ^ 1, t / 2), shared.sums[0]);
+          put_early(half, t);
+          each([&](int i, int j) {
+            Number h = history[t][i][j];
+            if constexpr (!kPlain) h = Unless(restarts & 1u << row, h);
+            history[t + 1][i][j] =
+                MultiplyAdd(Decay(rate[i][j], step[j].x), h, b[i][j] * step[j].y);
+          });
+        }
       }
 
       // What a step leaves to be summed over lanes.
@@ -753,7 +806,6 @@ __global__ void __launch_bounds__(kWalkers + kStagers, kWalkers == 128 ? 2 : 1)
       auto job = [&](int t) {
         const int i = kTile / 2 - 1 - t;
         if (i < 0) return;
-        if (i == 0) load_states(last_group ? tile - 1 : tile, next_group);
         if constexpr (!kStagers) {
           if (i == 0) WaitForCopies();
           if (i < kPairs) keep(parity ^ 1, i, stage_sequences(next, i, take_sequences(i), staging));
@@ -761,64 +813,70 @@ __global__ void __launch_bounds__(kWalkers + kStagers, kWalkers == 128 ? 2 : 1)
             stage_varying(i - kPairs, take_projections(i - kPairs), staging_projections);
         }
       };
-      Partial pending;
+#pragma unroll 1
+      for (int half = Shared::kHalves - 1; half >= 0; --half) {
+        if (half + 1 < Shared::kHalves)
+          each([&](int i, int j) { history[kSteps][i][j] = history[0][i][j]; });
+        Partial pending;
 #pragma unroll
-      for (int t = kTile - 1; t >= 0; --t) {
-        float2 step[kPerLane];
-        float dy[kPerLane];
-        Partial partial;
-#pragma unroll
-        for (int j = 0; j < kPerLane; ++j) {
-          step[j] = staged.steps[t * kStep + channel_of(j)];
-          dy[j] = staged.dy[t * kStep + channel_of(j)];
-          partial.d_input[j] = partial.d_delta[j] = partial.y[j] = 0.0f;
-        }
-        Number b[kStates][kPerLane], c[kStates][kPerLane];
-        load(staged_projections.B, B_varies, t, b);
-        load(staged_projections.C, C_varies, t, c);
-        get_early(t);
-        if (t + 1 < kTile) sum_over_lanes(t + 1, pending);
-        job(t);
-        const bool restart = !kPlain && restarts & 1u << t;
-#pragma unroll
-        for (int i = 0; i < kStates; ++i) {
-          Number dB_t{}, dC_t{};
+        for (int t = kSteps - 1; t >= 0; --t) {
+          const int row = half * kSteps + t;
+          float2 step[kPerLane];
+          float dy[kPerLane];
+          Partial partial;
 #pragma unroll
           for (int j = 0; j < kPerLane; ++j) {
-            const Number lambda = MultiplyAdd(c[i][j], dy[j], adjoint[i][j]);
-            const Number after = history[t + 1][i][j];
-            Number before = history[t][i][j];
-            partial.y[j] = RealMultiplyAdd(c[i][j], after, partial.y[j]);
-            partial.d_input[j] = RealMultiplyAdd(lambda, b[i][j], partial.d_input[j]);
-            if constexpr (kPlain) {
-              dC_t = j ? MultiplyAdd(after, dy[j], dC_t) : after * dy[j];
-              dB_t = j ? MultiplyAdd(lambda, step[j].y, dB_t) : lambda * step[j].y;
-            } else {
-              if (C_varies)
-                dC_t = MultiplyAdd(after, dy[j], dC_t);
-              else
-                dC[i][j] = MultiplyAdd(after, dy[j], dC[i][j]);
-              if (B_varies)
-                dB_t = MultiplyAdd(lambda, step[j].y, dB_t);
-              else
-                dB[i][j] = MultiplyAdd(lambda, step[j].y, dB[i][j]);
-            }
-            Number carried = Decay(rate[i][j], step[j].x) * lambda;
-            if constexpr (!kPlain) {
-              carried = Unless(restart, carried);
-              before = Unless(restart, before);
-            }
-            adjoint[i][j] = carried;
-            const Number x = carried * before;
-            partial.d_delta[j] = RateMultiplyAdd(x, rate[i][j], partial.d_delta[j]);
-            dA[i][j] = MultiplyAdd(x, step[j].x, dA[i][j]);
+            step[j] = staged.steps[row * kStep + channel_of(j)];
+            dy[j] = staged.dy[row * kStep + channel_of(j)];
+            partial.d_input[j] = partial.d_delta[j] = partial.y[j] = 0.0f;
           }
-          Split(dB_t, partial.projections[i][0]);
-          Split(dC_t, partial.projections[i][1]);
+          Number b[kStates][kPerLane], c[kStates][kPerLane];
+          load(staged_projections.B, B_varies, row, b);
+          load(staged_projections.C, C_varies, row, c);
+          get_early(half, t);
+          if (t + 1 < kSteps) sum_over_lanes(row + 1, pending);
+          job(t);
+          const bool restart = !kPlain && restarts & 1u << row;
+#pragma unroll
+          for (int i = 0; i < kStates; ++i) {
+            Number dB_t{}, dC_t{};
+#pragma unroll
+            for (int j = 0; j < kPerLane; ++j) {
+              const Number lambda = MultiplyAdd(c[i][j], dy[j], adjoint[i][j]);
+              const Number after = history[t + 1][i][j];
+              Number before = history[t][i][j];
+              partial.y[j] = RealMultiplyAdd(c[i][j], after, partial.y[j]);
+              partial.d_input[j] = RealMultiplyAdd(lambda, b[i][j], partial.d_input[j]);
+              if constexpr (kPlain) {
+                dC_t = j ? MultiplyAdd(after, dy[j], dC_t) : after * dy[j];
+                dB_t = j ? MultiplyAdd(lambda, step[j].y, dB_t) : lambda * step[j].y;
+              } else {
+                if (C_varies)
+                  dC_t = MultiplyAdd(after, dy[j], dC_t);
+                else
+                  dC[i][j] = MultiplyAdd(after, dy[j], dC[i][j]);
+                if (B_varies)
+                  dB_t = MultiplyAdd(lambda, step[j].y, dB_t);
+                else
+                  dB[i][j] = MultiplyAdd(lambda, step[j].y, dB[i][j]);
+              }
+              Number carried = Decay(rate[i][j], step[j].x) * lambda;
+              if constexpr (!kPlain) {
+                carried = Unless(restart, carried);
+                before = Unless(restart, before);
+              }
+              adjoint[i][j] = carried;
+              const Number x = carried * before;
+              partial.d_delta[j] = RateMultiplyAdd(x, rate[i][j], partial.d_delta[j]);
+              dA[i][j] = MultiplyAdd(x, step[j].x, dA[i][j]);
+            }
+            Split(dB_t, partial.projections[i][0]);
+            Split(dC_t, partial.projections[i][1]);
+          }
+          pending = partial;
         }
-        pending = partial;
+        sum_over_lanes(half * kSteps, pending);
       }
-      sum_over_lanes(0, pending);
       if (waits) set_aside(group);
     }
     if constexpr (!kStagers) finished -= sequences.Stride();
@@ -927,10 +985,8 @@ Error Launch(const Backward& p, const Plan& plan, const BackwardWorkspace& works
                                      kElements, kLayout>;
   constexpr int kShared = sizeof(BackwardShared<Number, kStates, kLanes, kPerLane, kWalkers,
                                                 kStagers, kWaits, kElements, kLayout>);
-  // Two blocks share a multiprocessor, which keeps 1 KB for itself of each.
   constexpr bool kHungry = kStagers && kElements != Elements::kMixed;
-  static_assert(kWalkers == 128 ? 2 * (kShared + 1024) <= 228 * 1024
-                                : kShared <= (kHungry ? kSharedBytes : kLittleSharedBytes));
+  static_assert(kShared <= (kHungry ? kSharedBytes : kLittleSharedBytes));
   if (const Error error = AllowSharedBytes(kernel, kShared); error != kSuccess) return error;
   kernel<<<static_cast<unsigned>(plan.blocks * plan.spans), kWalkers + kStagers, kShared, stream>>>(
       p, plan, workspace);

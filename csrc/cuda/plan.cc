@@ -103,8 +103,7 @@ Plan Plan::Backward(const Problem& p, Elements elements, bool little_shared) {
   if (p.dstate > 16) return Cut(p, {{{2, 8, 2}, 384, 1, 4.9, 0.0}});
   if (little_shared) return Cut(p, {{{4, 4, 2}, 128, 1, 6.1, 0.0}});
   return Cut(p, {{{2, 8, 2}, 384, 1, 4.7, 0.0},
-                 {{4, 4, 2}, 256, 1, 5.7, 0.0},
-                 {{4, 4, 2}, 128, 2, 6.1, 1.0}});
+                 {{4, 4, 2}, 256, 1, 5.7, 0.0}});
 }
 
 int64_t ForwardWorkspace::Enough(const Problem& p) {

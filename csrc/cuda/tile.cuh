@@ -153,6 +153,21 @@ class Tile {
     uint2 pair[kCount];
   };
 
+  // One of a thread's pairs: of those across a row, in one of its rows.
+  struct Place {
+    int row, across;
+    __device__ constexpr Place(int k) : row(k / kAcross), across(k % kAcross) {}
+    // The i-th of a group of kTogether, in a loop over groups that is not unrolled.
+    template <int kTogether>
+    __device__ static constexpr Place InGroup(int group, int i) {
+      Place place(i);
+      place.row += group * (kTogether / kAcross);
+      static_assert(kTogether % kAcross == 0);
+      return place;
+    }
+    __device__ constexpr int Number() const { return row * kAcross + across; }
+  };
+
   // thread: of the kThreads that move it.
   __device__ Tile(const Lines& lines, bool reversed, int thread)
       : thread_(thread),
@@ -185,17 +200,17 @@ class Tile {
   }
 
   // Of pair k of the calling thread, among all.
-  __device__ int Index(int k) const { return k * kThreads + thread_; }
-  __device__ bool Mine(int k) const { return kPairs % kThreads == 0 || Index(k) < kPairs; }
+  __device__ int Index(Place k) const { return k.Number() * kThreads + thread_; }
+  __device__ bool Mine(Place k) const { return kPairs % kThreads == 0 || Index(k) < kPairs; }
   // In shared memory, of element e (0 or 1) of pair k.
-  __device__ int Cell(int k, int e) const {
+  __device__ int Cell(Place k, int e) const {
     return cell_ + OffsetTo(k) * row_ + LineTo(k) + (!e ? 0 : PairsAreSteps() ? row_ : 1);
   }
-  __device__ int LineOf(int k, int e) const {
+  __device__ int LineOf(Place k, int e) const {
     return line_ + LineTo(k) + (PairsAreSteps() ? 0 : e);
   }
   // Whether the element is there. Lines count from `first_line`.
-  __device__ bool Exists(int k, int e, const Rows& rows, int first_line = 0) const {
+  __device__ bool Exists(Place k, int e, const Rows& rows, int first_line = 0) const {
     if (kRegular) e = 0;
     const int offset = offset_ + OffsetTo(k) + (PairsAreSteps() ? e : 0), line = LineOf(k, e);
     return Mine(k) && offset < rows.steps && first_line + line < count_;
@@ -216,31 +231,32 @@ class Tile {
                                   uint32_t, uint2>;
   __device__ void Prefetch(const Array& from, int64_t at, const Rows& rows, Slot* slots,
                            int first_line = 0, bool wanted = true) const {
-    slots += Index(0);
 #pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-      const int64_t i = at + ElementTo(k);
-      const bool first = wanted && Exists(k, 0, rows, first_line),
-                 second = wanted && Exists(k, 1, rows, first_line);
-      if constexpr (kRegular) {
-        CopyAsync<sizeof(Slot)>(slots + k * kThreads, static_cast<const char*>(from.data) + i,
-                                first);
+    for (int k = 0; k < kCount; ++k) PrefetchPair(from, at, rows, slots, k, k, wanted, first_line);
+  }
+  __device__ void PrefetchPair(const Array& from, int64_t at, const Rows& rows, Slot* slots,
+                               Place k, Place slot, bool wanted = true, int first_line = 0) const {
+    Slot* const to = slots + Index(slot);
+    const int64_t i = at + ElementTo(k);
+    const bool first = wanted && Exists(k, 0, rows, first_line),
+               second = wanted && Exists(k, 1, rows, first_line);
+    if constexpr (kRegular) {
+      CopyAsync<sizeof(Slot)>(to, static_cast<const char*>(from.data) + i, first);
+    } else {
+      uint2 pair{0, 0};
+      if (from.dtype == DataType::F32 || from.dtype == DataType::C64) {
+        const uint32_t* data = static_cast<const uint32_t*>(from.data) + i;
+        if (first) pair.x = __ldg(data);
+        if (second) pair.y = __ldg(data + 1);
       } else {
-        uint2 pair{0, 0};
-        if (from.dtype == DataType::F32 || from.dtype == DataType::C64) {
-          const uint32_t* data = static_cast<const uint32_t*>(from.data) + i;
-          if (first) pair.x = __ldg(data);
-          if (second) pair.y = __ldg(data + 1);
-        } else {
-          const uint16_t* data = static_cast<const uint16_t*>(from.data) + i;
-          if (first) pair.x = __ldg(data);
-          if (second) pair.x |= static_cast<uint32_t>(__ldg(data + 1)) << 16;
-        }
-        slots[k * kThreads] = pair;
+        const uint16_t* data = static_cast<const uint16_t*>(from.data) + i;
+        if (first) pair.x = __ldg(data);
+        if (second) pair.x |= static_cast<uint32_t>(__ldg(data + 1)) << 16;
       }
+      *to = pair;
     }
   }
-  __device__ uint2 Take(const Slot* slots, int k) const {
+  __device__ uint2 Take(const Slot* slots, Place k) const {
     if constexpr (sizeof(Slot) == 4)
       return {slots[Index(k)], 0};
     else
@@ -258,7 +274,7 @@ class Tile {
     return gpu::Widen(pair, DtypeOf<kElements>(from));
   }
 
-  __device__ void Store(const Array& to, int64_t at, const Rows& rows, int k, float x, float y,
+  __device__ void Store(const Array& to, int64_t at, const Rows& rows, Place k, float x, float y,
                         bool wanted = true) const {
     const int64_t i = at + ElementTo(k);
     const uint2 pair = Narrow(x, y, DtypeOf<kElements>(to));
@@ -279,7 +295,7 @@ class Tile {
   }
 
   // Both elements of pair k, to or from cells of their own.
-  __device__ void Put(float* cells, int k, float x, float y) const {
+  __device__ void Put(float* cells, Place k, float x, float y) const {
     if (!Mine(k)) return;
     if (PairsAreSteps()) {
       cells[Cell(k, 0)] = x;
@@ -288,7 +304,7 @@ class Tile {
       *reinterpret_cast<float2*>(cells + Cell(k, 0)) = {x, y};
     }
   }
-  __device__ void Put(float2* cells, int k, float2 x, float2 y) const {
+  __device__ void Put(float2* cells, Place k, float2 x, float2 y) const {
     if (!Mine(k)) return;
     if (PairsAreSteps()) {
       cells[Cell(k, 0)] = x;
@@ -298,12 +314,12 @@ class Tile {
     }
   }
   // What there is one of for each line, for both elements of pair k.
-  __device__ float2 OfLines(const float* lines, int k) const {
+  __device__ float2 OfLines(const float* lines, Place k) const {
     if (!PairsAreSteps()) return *reinterpret_cast<const float2*>(lines + LineOf(k, 0));
     const float x = lines[LineOf(k, 0)];
     return {x, x};
   }
-  __device__ float2 Get(const float* cells, int k) const {
+  __device__ float2 Get(const float* cells, Place k) const {
     if (PairsAreSteps()) return {cells[Cell(k, 0)], cells[Cell(k, 1)]};
     return *reinterpret_cast<const float2*>(cells + Cell(k, 0));
   }
@@ -313,16 +329,16 @@ class Tile {
     return kLayout == Layout::kAny ? pairs_are_steps_ : kLayout == Layout::kTimeLast;
   }
   // From a thread's first pair to pair k.
-  __device__ int OffsetTo(int k) const {
-    if (kLayout == Layout::kAny) return k * next_offset_;
-    return kLayout == Layout::kTimeLast ? 0 : k / kAcross * (kThreads / kNear);
+  __device__ int OffsetTo(Place k) const {
+    if (kLayout == Layout::kAny) return k.row * next_offset_;
+    return kLayout == Layout::kTimeLast ? 0 : k.row * (kThreads / kNear);
   }
-  __device__ int LineTo(int k) const {
-    if (kLayout == Layout::kAny) return k * next_line_;
-    return kLayout == Layout::kTimeLast ? k * (kThreads / (kTile / 2)) : k % kAcross * (2 * kNear);
+  __device__ int LineTo(Place k) const {
+    if (kLayout == Layout::kAny) return k.row * next_line_;
+    return kLayout == Layout::kTimeLast ? k.row * (kThreads / (kTile / 2)) : k.across * (2 * kNear);
   }
-  __device__ Offset ElementTo(int k) const {
-    return k / kAcross * next_element_ + (kAcross > 1 ? LineTo(k) * kUnit : 0);
+  __device__ Offset ElementTo(Place k) const {
+    return k.row * next_element_ + (kAcross > 1 ? LineTo(k) * kUnit : 0);
   }
 
   int thread_;
