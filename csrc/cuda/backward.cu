@@ -53,6 +53,10 @@ struct BackwardShared {
   static constexpr bool kPlain = kElements != Elements::kMixed;
   // Those who stage come after those who walk, or are the same.
   static constexpr int kStaging = kStagers ? kStagers : kWalkers, kFirst = kStagers ? kWalkers : 0;
+  // Warps are dealt to the four schedulers in turn. Where ten walk, the four that stage are to be
+  // where two walk and not three, for which two more stand in their places and have nothing to do.
+  static constexpr int kIdle = kWalkers == 10 * kWarp && kStagers ? 2 * kWarp : 0;
+  static constexpr int kThreads = kWalkers + kStagers + kIdle;
   using Sequences = Tile<kStaging, kChannels, 2, kElements, kLayout>;
   using Projections = Tile<kStaging, kGroup * kParts, 4, kElements, kLayout>;
   static constexpr int kStep = Sequences::kRow, kRow = Projections::kRow / kParts;
@@ -122,8 +126,9 @@ struct BackwardShared {
   alignas(16) VectorSum vector_sums[kCrowded ? 1 : kVectorSums * kStaging];
   // Pairs that a stager works on at once. The loops over the others are not unrolled, unless a
   // pair's registers have to be known.
-  static constexpr int kBatch =
-      kCrowded && kElements != Elements::kFloat ? Sequences::kCount : (Sequences::kCount + 1) / 2;
+  static constexpr int kBatch = Sequences::kCount % 2 || (kCrowded && kElements != Elements::kFloat)
+                                    ? Sequences::kCount
+                                    : Sequences::kCount / 2;
   static constexpr int kBatches = Sequences::kCount / kBatch;
   static_assert(kBatches * kBatch == Sequences::kCount);
   // What comes next, as it lies in memory: u, delta, z, cotangent of out; B, C. For want of room
@@ -145,7 +150,7 @@ __device__ inline void Split(Complex x, float* to) { to[0] = x.re, to[1] = x.im;
 
 template <typename Number, int kStates, int kLanes, int kPerLane, int kWalkers, int kStagers,
           bool kWaits, Elements kElements, Layout kLayout>
-__global__ void __launch_bounds__(kWalkers + kStagers)
+__global__ void __launch_bounds__(kWalkers + kStagers + (kWalkers == 320 ? 64 : 0))
     BackwardKernel(const __grid_constant__ Backward p, const __grid_constant__ Plan plan,
                    const __grid_constant__ BackwardWorkspace workspace) {
   using Shared = BackwardShared<Number, kStates, kLanes, kPerLane, kWalkers, kStagers, kWaits,
@@ -167,10 +172,12 @@ __global__ void __launch_bounds__(kWalkers + kStagers)
   const Block block(p, plan);
   constexpr int kPairs = Sequences::kCount, kProjectionPairs = Projections::kCount;
   // Of those who stage.
-  const int stager = static_cast<int>(threadIdx.x) - Shared::kFirst;
+  int thread = static_cast<int>(threadIdx.x);
+  if (Shared::kIdle && thread >= kWalkers + 2 * kWarp) thread ^= 2 * kWarp;
+  const int stager = thread - Shared::kFirst;
   const Sequences sequences(SequenceLines(p, block), p.reverse, stager);
   const Projections projections(ProjectionLines<kParts>(p, block), p.reverse, stager);
-  StageVectors<kWalkers + kStagers, kChannels>(p, block, shared.vectors);
+  StageVectors<Shared::kThreads, kChannels>(p, block, shared.vectors);
   const bool B_varies = kPlain || p.B_varies, C_varies = kPlain || p.C_varies;
   const bool has_z = o.z.data != nullptr;
   const int first_tile = static_cast<int>(block.span) * plan.span_tiles;
@@ -436,7 +443,7 @@ __global__ void __launch_bounds__(kWalkers + kStagers)
       reinterpret_cast<float*>(base + workspace.d_bias)[to] = bias;
     }
   };
-  if (stager >= 0) {
+  if (0 <= stager && stager < Shared::kStaging) {
 #pragma unroll
     for (int k = 0; k < Shared::kVectorSums; ++k) vector_sum(k) = {};
     for (int batch = 0; batch < (Shared::kInBatches ? 1 : kBatches); ++batch)
@@ -446,8 +453,9 @@ __global__ void __launch_bounds__(kWalkers + kStagers)
   }
   __syncthreads();
 
+  if (thread >= kWalkers + kStagers) return;
   if constexpr (kStagers > 0) {
-    if (threadIdx.x >= kWalkers) {
+    if (thread >= kWalkers) {
       int turn = 0;  // of the projections that are staged
       auto stage = [&](int tile, int group, int parity) {
         Staged& to = shared.sequences[parity];
@@ -587,26 +595,30 @@ __global__ void __launch_bounds__(kWalkers + kStagers)
       }
     });
   };
+  const Pieces<Number> pieces = PiecesIn<Number>(p, workspace);
   for (int group = 0; group < groups; ++group) {
+    auto exists = [&](int i, int j) {
+      return channel_of(j) < block.channels && state_of(group, i) < p.dstate;
+    };
     each([&](int i, int j) {
       const int64_t n = state_of(group, i);
       const int channel = channel_of(j);
-      Number x{};
-      if (channel < block.channels && n < p.dstate) {
-        if (block.span < plan.spans - 1)
-          x = reinterpret_cast<const Number*>(base + workspace.carry)[TransposedIndex(
-              p, block, (plan.spans - 2 - block.span) * p.batch + block.row, channel, n)];
-        else if (p.last_state_cotangent.data)
-          x = static_cast<const Number*>(
-              p.last_state_cotangent.data)[StateIndex(p, block, channel, n)];
-      }
-      adjoint[i][j] = x;
+      rate[i][j] = Rate(LoadWeight<Number>(o.A, p, block, channel, n));
+      adjoint[i][j] = exists(i, j) && p.last_state_cotangent.data
+                          ? static_cast<const Number*>(
+                                p.last_state_cotangent.data)[StateIndex(p, block, channel, n)]
+                          : Number{};
       dA[i][j] = Number{};
       if constexpr (!kPlain) dB[i][j] = dC[i][j] = Number{};
     });
-    each([&](int i, int j) {
-      rate[i][j] = Rate(LoadWeight<Number>(o.A, p, block, channel_of(j), state_of(group, i)));
-    });
+#pragma unroll 4
+    for (int64_t piece = 0; piece < (plan.spans - 1 - block.span) * plan.pieces; ++piece) {
+      each([&](int i, int j) {
+        if (exists(i, j))
+          adjoint[i][j] = pieces.After(piece, adjoint[i][j], p, block, channel_of(j),
+                                       state_of(group, i), rate[i][j]);
+      });
+    }
     if (waits) {
       each([&](int i, int j) { waiting_of(group, kRate, i, j) = rate[i][j]; });
       set_aside(group);
@@ -983,12 +995,13 @@ Error Launch(const Backward& p, const Plan& plan, const BackwardWorkspace& works
              Stream stream) {
   const auto kernel = BackwardKernel<Number, kStates, kLanes, kPerLane, kWalkers, kStagers, kWaits,
                                      kElements, kLayout>;
-  constexpr int kShared = sizeof(BackwardShared<Number, kStates, kLanes, kPerLane, kWalkers,
-                                                kStagers, kWaits, kElements, kLayout>);
+  using Shared = BackwardShared<Number, kStates, kLanes, kPerLane, kWalkers, kStagers, kWaits,
+                                kElements, kLayout>;
+  constexpr int kShared = sizeof(Shared);
   constexpr bool kHungry = kStagers && kElements != Elements::kMixed;
   static_assert(kShared <= (kHungry ? kSharedBytes : kLittleSharedBytes));
   if (const Error error = AllowSharedBytes(kernel, kShared); error != kSuccess) return error;
-  kernel<<<static_cast<unsigned>(plan.blocks * plan.spans), kWalkers + kStagers, kShared, stream>>>(
+  kernel<<<static_cast<unsigned>(plan.blocks * plan.spans), Shared::kThreads, kShared, stream>>>(
       p, plan, workspace);
   return LastError();
 }
@@ -997,10 +1010,11 @@ template <Elements kElements, Layout kLayout>
 Error LaunchRegular(const Backward& p, const Plan& plan, const BackwardWorkspace& workspace,
                     Stream stream) {
   const auto launch =
-      plan.state_groups > 1   ? Launch<float, 2, 8, 2, 384, 128, true, kElements, kLayout>
-      : plan.shape.lanes == 8 ? Launch<float, 2, 8, 2, 384, 128, false, kElements, kLayout>
-      : plan.walkers == 256   ? Launch<float, 4, 4, 2, 256, 128, false, kElements, kLayout>
-                              : Launch<float, 4, 4, 2, 128, 0, false, kElements, kLayout>;
+      plan.state_groups > 1 ? Launch<float, 2, 8, 2, 384, 128, true, kElements, kLayout>
+      : plan.walkers == 384 ? Launch<float, 2, 8, 2, 384, 128, false, kElements, kLayout>
+      : plan.walkers == 320 ? Launch<float, 2, 8, 2, 320, 128, false, kElements, kLayout>
+      : plan.walkers == 256 ? Launch<float, 4, 4, 2, 256, 128, false, kElements, kLayout>
+                            : Launch<float, 4, 4, 2, 128, 0, false, kElements, kLayout>;
   return launch(p, plan, workspace, stream);
 }
 
@@ -1066,7 +1080,7 @@ Error LaunchBackward(const Backward& p, Stream stream) {
   char* base = static_cast<char*>(p.workspace.data);
   if (plan.spans > 1) {
     const Error error =
-        LaunchCarries(p, plan, base + workspace.carry, base + workspace.sum_delta, stream);
+        LaunchPieces(p, plan, base + workspace.ends, base + workspace.sum_delta, stream);
     if (error != kSuccess) return error;
   }
   if (const Error error = LaunchWalk(p, plan, workspace, elements, stream); error != kSuccess)

@@ -74,7 +74,7 @@ template <typename Number, int kStates, int kLanes, int kPerLane, int kWalkers, 
           Layout kLayout>
 __global__ void __launch_bounds__(2 * kWalkers, kThreadsTogether / (2 * kWalkers))
     ForwardKernel(const __grid_constant__ Forward p, const __grid_constant__ Plan plan,
-                  const Number* __restrict__ carry) {
+                  const __grid_constant__ Pieces<Number> pieces) {
   using Shared = ForwardShared<Number, kStates, kLanes, kPerLane, kWalkers, kElements, kLayout>;
   using Sequences = typename Shared::Sequences;
   using Projections = typename Shared::Projections;
@@ -264,21 +264,23 @@ __global__ void __launch_bounds__(2 * kWalkers, kThreadsTogether / (2 * kWalkers
     return ((group * kPerLane + j) * kStates + i) * kWalkers;
   };
   for (int group = 0; group < groups; ++group) {
+    load_group(group);
     each(group, [&](int j, int i, int64_t n) {
-      Number x{};
-      if (exists(j, n)) {
-        if (block.span)
-          x = carry[TransposedIndex(p, block, (block.span - 1) * p.batch + block.row, channel + j,
-                                    n)];
-        else if (o.initial_state.data)
-          x = static_cast<const Number*>(
-              o.initial_state.data)[StateIndex(p, block, channel + j, n)];
-      }
-      h[j][i] = x;
-      if (groups > 1) waiting[place_of(group, j, i)] = x;
+      h[j][i] = exists(j, n) && o.initial_state.data
+                    ? static_cast<const Number*>(
+                          o.initial_state.data)[StateIndex(p, block, channel + j, n)]
+                    : Number{};
     });
+#pragma unroll 4
+    for (int64_t piece = 0; piece < block.span * plan.pieces; ++piece) {
+      each(group, [&](int j, int i, int64_t n) {
+        if (exists(j, n))
+          h[j][i] = pieces.After(piece, h[j][i], p, block, channel + j, n, rate[j][i]);
+      });
+    }
+    if (groups > 1)
+      each(group, [&](int j, int i, int64_t) { waiting[place_of(group, j, i)] = h[j][i]; });
   }
-  load_group(0);
 
   // Sums of y over lanes are made for kSum steps at once; this lane comes to hold kHeld of them,
   // from first_row on.
@@ -407,7 +409,7 @@ __global__ void __launch_bounds__(2 * kWalkers, kThreadsTogether / (2 * kWalkers
 
 template <typename Number, int kStates, int kLanes, int kPerLane, int kWalkers, Elements kElements,
           Layout kLayout>
-Error Launch(const Forward& p, const Plan& plan, const void* carry, Stream stream) {
+Error Launch(const Forward& p, const Plan& plan, const ForwardWorkspace& workspace, Stream stream) {
   const auto kernel =
       ForwardKernel<Number, kStates, kLanes, kPerLane, kWalkers, kElements, kLayout>;
   constexpr int kShared =
@@ -418,13 +420,14 @@ Error Launch(const Forward& p, const Plan& plan, const void* carry, Stream strea
   const int bytes = kShared + (plan.state_groups > 1 ? plan.state_groups * kWaiting : 0);
   if (const Error error = AllowSharedBytes(kernel, bytes); error != kSuccess) return error;
   kernel<<<static_cast<unsigned>(plan.blocks * plan.spans), 2 * kWalkers, bytes, stream>>>(
-      p, plan, static_cast<const Number*>(carry));
+      p, plan, PiecesIn<Number>(p, workspace));
   return LastError();
 }
 
 template <Elements kElements, Layout kLayout>
-Error LaunchRegular(const Forward& p, const Plan& plan, const void* carry, Stream stream) {
-  const auto launch = [&](auto kernel) { return kernel(p, plan, carry, stream); };
+Error LaunchRegular(const Forward& p, const Plan& plan, const ForwardWorkspace& workspace,
+                    Stream stream) {
+  const auto launch = [&](auto kernel) { return kernel(p, plan, workspace, stream); };
   if (plan.shape.lanes == 2) return launch(Launch<float, 2, 2, 1, 128, kElements, kLayout>);
   if (plan.shape.lanes == 16) return launch(Launch<float, 4, 16, 2, 128, kElements, kLayout>);
   if (plan.shape.channels == 2) return launch(Launch<float, 4, 4, 2, 128, kElements, kLayout>);
@@ -439,9 +442,10 @@ Error LaunchRegular(const Forward& p, const Plan& plan, const void* carry, Strea
 }
 
 template <Elements kElements>
-Error LaunchLayout(const Forward& p, const Plan& plan, const void* carry, Stream stream) {
-  return p.channel_last ? LaunchRegular<kElements, Layout::kChannelLast>(p, plan, carry, stream)
-                        : LaunchRegular<kElements, Layout::kTimeLast>(p, plan, carry, stream);
+Error LaunchLayout(const Forward& p, const Plan& plan, const ForwardWorkspace& workspace,
+                   Stream stream) {
+  return p.channel_last ? LaunchRegular<kElements, Layout::kChannelLast>(p, plan, workspace, stream)
+                        : LaunchRegular<kElements, Layout::kTimeLast>(p, plan, workspace, stream);
 }
 
 }  // namespace
@@ -450,25 +454,24 @@ Error LaunchForward(const Forward& p, Stream stream) {
   const Elements elements = PlainElements(p);
   const Plan plan = Plan::Forward(p, elements);
   const ForwardWorkspace workspace(p, plan);
-  char* base = static_cast<char*>(p.workspace.data);
   if (plan.spans > 1) {
+    char* base = static_cast<char*>(p.workspace.data);
     const Error error =
-        LaunchCarries(p, plan, base + workspace.carry, base + workspace.sum_delta, stream);
+        LaunchPieces(p, plan, base + workspace.ends, base + workspace.sum_delta, stream);
     if (error != kSuccess) return error;
   }
-  const void* carry = base + workspace.carry;
   switch (elements) {
     case Elements::kFloat:
-      return LaunchLayout<Elements::kFloat>(p, plan, carry, stream);
+      return LaunchLayout<Elements::kFloat>(p, plan, workspace, stream);
     case Elements::kBfloat:
-      return LaunchLayout<Elements::kBfloat>(p, plan, carry, stream);
+      return LaunchLayout<Elements::kBfloat>(p, plan, workspace, stream);
     case Elements::kHalf:
-      return LaunchLayout<Elements::kHalf>(p, plan, carry, stream);
+      return LaunchLayout<Elements::kHalf>(p, plan, workspace, stream);
     default:
       return IsComplex(p) ? Launch<Complex, 2, 8, 1, 128, Elements::kMixed, Layout::kAny>(
-                                p, plan, carry, stream)
+                                p, plan, workspace, stream)
                           : Launch<float, 2, 8, 1, 128, Elements::kMixed, Layout::kAny>(
-                                p, plan, carry, stream);
+                                p, plan, workspace, stream);
   }
 }
 

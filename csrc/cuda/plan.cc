@@ -14,7 +14,11 @@ constexpr int kShortestSpan = 8;
 // The passes before and between spans, in microseconds: per state and step, the same where it may
 // stop early (whether it does depends on flags that a plan does not know, and on the data), and for
 // their launches.
-constexpr double kCarryTime = 0.28e-6, kEarlyCarryTime = 0.5 * kCarryTime, kCarryLaunches = 12.0;
+constexpr double kPassTime = 0.34e-6, kEarlyPassTime = 0.4 * kPassTime, kPassLaunch = 5.0;
+// That pass needs so many blocks to a multiprocessor, each of 32 channels and not too short a
+// piece.
+constexpr int64_t kPassBlocks = 4, kPassChannels = 32;
+constexpr int kShortestPiece = 8;
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -60,9 +64,17 @@ Plan Cut(const Problem& p, std::initializer_list<Candidate> candidates) {
       plan.spans = static_cast<int>(CeilDiv(plan.tiles, plan.span_tiles));
       double time = TileTime(c, plan.blocks * plan.spans) * plan.span_tiles * plan.state_groups;
       const bool early = plan.span_tiles >= kLongSpan;
+      const int64_t blocks =
+          p.batch * p.groups * CeilDiv(p.group_dim(), kPassChannels) * (plan.spans - 1);
+      const int64_t pieces =
+          early || blocks == 0 ? 1
+                               : std::clamp<int64_t>(kPassBlocks * kMultiprocessors / blocks, 1,
+                                                     std::max(plan.span_tiles / kShortestPiece, 1));
+      plan.piece_tiles = static_cast<int>(CeilDiv(plan.span_tiles, pieces));
+      plan.pieces = static_cast<int>(CeilDiv(plan.span_tiles, plan.piece_tiles));
       if (plan.spans > 1)
-        time += states * (plan.spans - 1) / plan.spans * (early ? kEarlyCarryTime : kCarryTime) +
-                kCarryLaunches;
+        time += states * (plan.spans - 1) / plan.spans * (early ? kEarlyPassTime : kPassTime) +
+                kPassLaunch;
       if (best.walkers && time >= best_time) continue;
       best = plan;
       best_time = time;
@@ -100,10 +112,11 @@ Plan Plan::Backward(const Problem& p, Elements elements, bool little_shared) {
     if (p.dstate <= shape.group()) return Cut(p, {{shape, 416, 1, 9.0, 0.0}});
     return Cut(p, {{shape, 384, 1, 12.0, 0.0}});
   }
-  if (p.dstate > 16) return Cut(p, {{{2, 8, 2}, 384, 1, 4.9, 0.0}});
+  if (p.dstate > 16) return Cut(p, {{{2, 8, 2}, 384, 1, 4.2, 0.0}});
   if (little_shared) return Cut(p, {{{4, 4, 2}, 128, 1, 6.1, 0.0}});
-  return Cut(p, {{{2, 8, 2}, 384, 1, 4.7, 0.0},
-                 {{4, 4, 2}, 256, 1, 5.7, 0.0}});
+  return Cut(p, {{{2, 8, 2}, 384, 1, 4.1, 0.0},
+                 {{2, 8, 2}, 320, 1, 3.85, 0.0},
+                 {{4, 4, 2}, 256, 1, 5.6, 0.0}});
 }
 
 int64_t ForwardWorkspace::Enough(const Problem& p) {
@@ -124,16 +137,16 @@ int64_t BackwardWorkspace::Enough(const Problem& p) {
 
 ForwardWorkspace::ForwardWorkspace(const Problem& p, const Plan& plan) {
   Layout layout;
-  const int64_t number = IsComplex(p) ? 8 : 4, rows = (plan.spans - 1) * p.batch;
-  carry = layout.Take(rows * p.dim * p.dstate, number);
+  const int64_t number = IsComplex(p) ? 8 : 4, rows = (plan.spans - 1) * plan.pieces * p.batch;
+  ends = layout.Take(rows * p.dim * p.dstate, number);
   sum_delta = layout.Take(rows * p.dim, 4);
   bytes = layout.bytes;
 }
 
 BackwardWorkspace::BackwardWorkspace(const Problem& p, const Plan& plan) {
   Layout layout;
-  const int64_t number = IsComplex(p) ? 8 : 4, rows = (plan.spans - 1) * p.batch;
-  carry = layout.Take(rows * p.dim * p.dstate, number);
+  const int64_t number = IsComplex(p) ? 8 : 4, rows = (plan.spans - 1) * plan.pieces * p.batch;
+  ends = layout.Take(rows * p.dim * p.dstate, number);
   sum_delta = layout.Take(rows * p.dim, 4);
   const int64_t weight = plan.spans * p.batch * p.dim * p.dstate;
   const int64_t varying = plan.blocks * p.length * p.dstate;

@@ -48,7 +48,8 @@ struct Plan {
   // Where batch * dim cannot fill the GPU, the sequence is cut into spans that run at once. A pass
   // before then finds the state (the adjoint, going back) that enters each.
   int spans, span_tiles;
-  int state_groups;  // groups of states taken in turn
+  int pieces, piece_tiles;  // of a span, in that pass
+  int state_groups;         // groups of states taken in turn
 
   // elements: what PlainElements says.
   // little_shared: a block has less than kSharedBytes.
@@ -58,9 +59,7 @@ struct Plan {
 
 // Parts of the workspace, in bytes from its start. All numbers are float or Complex of them.
 struct ForwardWorkspace {
-  // For each span but the first (in processing order): carry (spans - 1, batch, dstate, dim), the
-  // state that enters it, and sum_delta (spans - 1, batch, dim) of the span before it.
-  int64_t carry, sum_delta;
+  int64_t ends, sum_delta;  // see Pieces
   int64_t bytes;
   ForwardWorkspace(const Problem& p, const Plan& plan);
   // Enough for whichever plan it will be.
@@ -68,7 +67,7 @@ struct ForwardWorkspace {
 };
 
 struct BackwardWorkspace {
-  int64_t carry, sum_delta;  // as above, for adjoints; spans counted from the end
+  int64_t ends, sum_delta;  // of adjoints; pieces counted from the end
   // Partial sums: dB and dC (batch, groups, blocks_per_group, length * dstate) where they vary, and
   // (spans, batch, dim, dstate) where they do not; dA like those; dD and d_bias (spans, batch,
   // dim).

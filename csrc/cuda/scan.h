@@ -9,10 +9,8 @@ namespace jax_sscan::gpu {
 Error LaunchForward(const Forward& p, Stream stream);
 Error LaunchBackward(const Backward& p, Stream stream);
 
-// The states that enter the spans of plan but the first (the adjoints, for a Backward), into carry.
-Error LaunchCarries(const Forward& p, const Plan& plan, void* carry, void* sum_delta,
-                    Stream stream);
-Error LaunchCarries(const Backward& p, const Plan& plan, void* carry, void* sum_delta,
-                    Stream stream);
+// The pass before the walk over the spans of plan, into the Pieces of its workspace.
+Error LaunchPieces(const Forward& p, const Plan& plan, void* ends, void* sum_delta, Stream stream);
+Error LaunchPieces(const Backward& p, const Plan& plan, void* ends, void* sum_delta, Stream stream);
 
 }  // namespace jax_sscan::gpu

@@ -1,8 +1,10 @@
 // The states that enter the spans of a sequence that was cut up, so that all its spans run at once.
 //
-// Computes, for every span but the last (the first, going back), the state that it would end with
-// had it begun with 0, and the sum of its deltas, from which comes by how much the state it really
-// begins with decays. A second kernel then goes through the spans in order. Going back, the same
+// Computes, for every span but the last (the first, going back), piece by piece, the state that the
+// piece would end with had it begun with 0, and the sum of its deltas, from which comes by how much
+// the state it really begins with decays. The walk of a span then goes through those before it.
+// Spans are cut into pieces since this pass is short: it needs several blocks to a multiprocessor,
+// which hide each other's waits, where a walk for itself has one. Going back, the same
 // holds for the adjoint, with C and the cotangent of y in the place of B and delta * u.
 //
 // Work, registers and shared memory are those of the forward kernel, less C and y; cost per
@@ -22,7 +24,7 @@
 namespace jax_sscan::gpu {
 namespace {
 
-constexpr int kWalkers = 128, kStagers = 128, kThreads = kWalkers + kStagers;
+constexpr int kWalkers = 128, kStagers = 64, kThreads = kWalkers + kStagers;
 // Tiles after which a block asks itself whether it has forgotten what came before: all wait for the
 // answer.
 constexpr int kStretch = 8;
@@ -57,7 +59,7 @@ struct SpanShared : SpanShape<Number> {
 template <typename Pass, typename Number, Elements kElements, Layout kLayout, bool kForgets>
 __global__ void __launch_bounds__(kThreads)
     SpanKernel(const __grid_constant__ Pass p, const __grid_constant__ Plan plan,
-               Number* __restrict__ carry, float* __restrict__ sum_delta) {
+               Number* __restrict__ ends, float* __restrict__ sum_delta) {
   constexpr bool kBackward = std::is_same_v<Pass, Backward>;
   using Shared = SpanShared<Number, kElements, kLayout>;
   using Sequences = typename Shared::Sequences;
@@ -76,11 +78,13 @@ __global__ void __launch_bounds__(kThreads)
   const bool varies = kPlain || (kBackward ? p.C_varies : p.B_varies);
   const int groups = plan.state_groups;
 
-  // The span-th in the order of this pass; its tiles in that order.
-  const int span = static_cast<int>(kBackward ? plan.spans - 1 - block.span : block.span);
-  const int first_tile = span * plan.span_tiles;
-  const int tiles =
-      (first_tile + plan.span_tiles < plan.tiles ? plan.span_tiles : plan.tiles - first_tile);
+  // A piece of the span-th in the order of this pass; its tiles in that order.
+  const int pieces = (plan.spans - 1) * plan.pieces, number = static_cast<int>(block.span);
+  const int from_start = kBackward ? pieces + plan.pieces - 1 - number : number;
+  const int span = from_start / plan.pieces;
+  const int first_tile = span * plan.span_tiles + from_start % plan.pieces * plan.piece_tiles;
+  const int span_end = min((span + 1) * plan.span_tiles, plan.tiles);
+  const int tiles = max(min(first_tile + plan.piece_tiles, span_end) - first_tile, 0);
 
   const int walker = LanePlace(static_cast<int>(threadIdx.x) - kStagers);
   const int lane = walker % kLanes, channel = walker / kLanes;
@@ -303,7 +307,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = 0; i < kStates; ++i) {
       const int64_t n = group * kGroup + lane * kStates + i;
       if (groups > 1) h[i] = waiting[(group * kStates + i) * kWalkers];
-      if (n < p.dstate) carry[TransposedIndex(p, block, slot, channel, n)] = h[i];
+      if (n < p.dstate) ends[TransposedIndex(p, block, slot, channel, n)] = h[i];
     }
   }
   if (lane == 0)
@@ -311,31 +315,8 @@ __global__ void __launch_bounds__(kThreads)
         restarted ? __int_as_float(0x7fffffff) : sum;
 }
 
-// One thread per (batch row, state, channel).
-template <typename Number>
-__global__ void CombineKernel(const __grid_constant__ Problem p, int64_t spans,
-                              const Number* __restrict__ first, Number* __restrict__ carry,
-                              const float* __restrict__ sum_delta) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i >= p.batch * p.dstate * p.dim) return;
-  const int64_t channel = i % p.dim, n = i / p.dim % p.dstate, row = i / (p.dim * p.dstate);
-  const int64_t instance = row / (p.batch / p.instances);
-  const Number rate = Rate(
-      static_cast<const Number*>(p.operands.A.data)[(instance * p.dim + channel) * p.dstate + n]);
-  Number x{};
-  if (first) x = first[(row * p.dim + channel) * p.dstate + n];
-  for (int64_t span = 0; span < spans - 1; ++span) {
-    const int64_t slot = span * p.batch + row;
-    const float sum = sum_delta[slot * p.dim + channel];
-    Number& end = carry[(slot * p.dstate + n) * p.dim + channel];
-    x = isnan(sum) ? end : MultiplyAdd(Decay(rate, sum), x, end);
-    end = x;
-  }
-}
-
 template <typename Number, typename Pass>
-Error Launch(const Pass& p, Plan plan, const Array& first, Number* carry, float* sum_delta,
-             Stream stream) {
+Error Launch(const Pass& p, Plan plan, Number* ends, float* sum_delta, Stream stream) {
   constexpr int kStates = SpanShape<Number>::kStates, kChannels = SpanShape<Number>::kChannels;
   constexpr int kGroup = SpanShape<Number>::kGroup;
   plan.shape = {kStates, SpanShape<Number>::kLanes, 1};
@@ -351,8 +332,8 @@ Error Launch(const Pass& p, Plan plan, const Array& first, Number* carry, float*
     int bytes = sizeof(SpanShared<Number, kElements, kLayout>);
     if (plan.state_groups > 1) bytes += plan.state_groups * kStates * kWalkers * sizeof(Number);
     if (const Error error = AllowSharedBytes(kernel, bytes); error != kSuccess) return error;
-    kernel<<<static_cast<unsigned>(plan.blocks * (plan.spans - 1)), kThreads, bytes, stream>>>(
-        p, plan, carry, sum_delta);
+    kernel<<<static_cast<unsigned>(plan.blocks * (plan.spans - 1) * plan.pieces), kThreads, bytes,
+             stream>>>(p, plan, ends, sum_delta);
     return LastError();
   };
   const bool forgets = plan.span_tiles >= kLongSpan && p.delta_softplus && plan.state_groups == 1;
@@ -381,31 +362,25 @@ Error Launch(const Pass& p, Plan plan, const Array& first, Number* carry, float*
     return launch(std::integral_constant<Elements, Elements::kMixed>{},
                   std::integral_constant<Layout, Layout::kAny>{}, std::false_type{});
   };
-  if (const Error error = choose(); error != kSuccess) return error;
-  const int64_t count = p.batch * p.dstate * p.dim;
-  CombineKernel<Number><<<static_cast<unsigned>((count + 127) / 128), 128, 0, stream>>>(
-      p, plan.spans, static_cast<const Number*>(first.data), carry, sum_delta);
-  return LastError();
+  return choose();
 }
 
 template <typename Pass>
-Error LaunchAny(const Pass& p, const Plan& plan, const Array& first, void* carry, void* sum_delta,
-                Stream stream) {
+Error LaunchAny(const Pass& p, const Plan& plan, void* ends, void* sum_delta, Stream stream) {
   float* sums = static_cast<float*>(sum_delta);
-  return IsComplex(p) ? Launch(p, plan, first, static_cast<Complex*>(carry), sums, stream)
-                      : Launch(p, plan, first, static_cast<float*>(carry), sums, stream);
+  return IsComplex(p) ? Launch(p, plan, static_cast<Complex*>(ends), sums, stream)
+                      : Launch(p, plan, static_cast<float*>(ends), sums, stream);
 }
 
 }  // namespace
 
-Error LaunchCarries(const Forward& p, const Plan& plan, void* carry, void* sum_delta,
-                    Stream stream) {
-  return LaunchAny(p, plan, p.operands.initial_state, carry, sum_delta, stream);
+Error LaunchPieces(const Forward& p, const Plan& plan, void* ends, void* sum_delta, Stream stream) {
+  return LaunchAny(p, plan, ends, sum_delta, stream);
 }
 
-Error LaunchCarries(const Backward& p, const Plan& plan, void* carry, void* sum_delta,
-                    Stream stream) {
-  return LaunchAny(p, plan, p.last_state_cotangent, carry, sum_delta, stream);
+Error LaunchPieces(const Backward& p, const Plan& plan, void* ends, void* sum_delta,
+                   Stream stream) {
+  return LaunchAny(p, plan, ends, sum_delta, stream);
 }
 
 }  // namespace jax_sscan::gpu

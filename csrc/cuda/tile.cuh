@@ -455,4 +455,26 @@ __device__ inline int64_t TransposedIndex(const Problem& p, const Block& block, 
   return (slot * p.dstate + state) * p.dim + block.first_channel + channel;
 }
 
+// What the pass before the walk left of the pieces of spans, in processing order.
+template <typename Number>
+struct Pieces {
+  const Number* ends;      // (pieces, batch, dstate, dim): the state of one that begins with 0
+  const float* sum_delta;  // (pieces, batch, dim): NaN where the state starts anew
+
+  // The state at the end of a piece that begins with x.
+  __device__ Number After(int64_t piece, Number x, const Problem& p, const Block& block,
+                          int channel, int64_t state, Number rate) const {
+    const int64_t slot = piece * p.batch + block.row;
+    const float sum = sum_delta[slot * p.dim + block.first_channel + channel];
+    const Number end = ends[TransposedIndex(p, block, slot, channel, state)];
+    return isnan(sum) ? end : MultiplyAdd(Decay(rate, sum), x, end);
+  }
+};
+template <typename Number, typename Workspace>
+__host__ __device__ inline Pieces<Number> PiecesIn(const Problem& p, const Workspace& workspace) {
+  const char* base = static_cast<const char*>(p.workspace.data);
+  return {reinterpret_cast<const Number*>(base + workspace.ends),
+          reinterpret_cast<const float*>(base + workspace.sum_delta)};
+}
+
 }  // namespace jax_sscan::gpu
