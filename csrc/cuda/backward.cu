@@ -11,26 +11,31 @@
 // end. kWalkers of its threads walk: a channel's states lie on kLanes lanes, kStates on each, and a
 // lane serves kPerLane adjacent channels, which share the loads of B and C and half of the sums.
 // For each tile: forward from the saved state, every state kept in registers, then back. kStagers
-// more make ready what the next tile needs (softplus, gate, B and C), and what the last one left
-// they finish: the gradients of elements, and the block's sums over channels. So walkers need few
-// enough registers for one more warp to a scheduler, and one kind's waits are the other's time.
-// All meet twice a tile: before the walk, and before its way back, which makes sums over channels
-// anew. More states than kStates * kLanes are taken in turn, tile by tile, and wait in the
-// workspace.
+// more make ready what the next tile needs (softplus, gate, B and C, the saved states), and what
+// the last one left they finish: the gradients of elements, and the block's sums over channels. So
+// walkers need few enough registers for one more warp to a scheduler, wait for no global memory,
+// and one kind's waits are the other's time. All meet twice a tile: before the walk, and before its
+// way back, which makes sums over channels anew. More states than kStates * kLanes are taken in
+// turn, tile by tile, and wait in the workspace.
 //
 // The more states a lane has the fewer are its instructions for each, and the more of them have to
-// be kept: with 8, those of a tile's first steps are put into shared memory on the way forward and
-// fetched on the way back. For GPUs that have less of it, kStagers may be 0: then walkers stage and
-// finish between their steps, on the way forward, where few states are kept yet, they finish, and
-// in the second half of the way back they stage.
+// be kept: with 8, a tile is taken in halves, and the states of the first are put into shared
+// memory on the way forward and fetched on the way back. For GPUs that have less of it, kStagers
+// may be 0: then walkers stage and finish between their steps, on the way forward, where few states
+// are kept yet, they finish, and in the second half of the way back they stage.
+//
+// Code has its price: what walkers and stagers go through for a tile is 40 to 47 KB, more than a
+// multiprocessor's cache of instructions holds, and what it lacks comes from one that a dozen of
+// them share. Unrolled as far as it could be it was 70 KB, and a fifth slower or not by where it
+// happened to lie. Hence stagers' loops over pairs are rolled.
 //
 // Shared memory, twice, for the tile that is walked and for the one that is staged or finished:
-// delta, delta * u and dy, B and C, the sums over n, and what the gradients of elements need (where
-// early states take its place, stagers keep that in registers); once: each warp's sums over
-// channels. Sums across lanes halve what they sum with every shuffle. Which register holds which
-// state or channel depends on the lane, so that what a lane keeps always comes first and needs no
-// select. Nothing is added atomically: blocks write partial sums, and a second kernel adds them in
-// order.
+// delta, delta * u and dy, B and C, the states on entering it, the sums over n, and what the
+// gradients of elements need (where early states take its place, stagers keep that in registers);
+// once: each warp's sums over channels. Sums across lanes halve what they sum with every shuffle.
+// Which register holds which state or channel depends on the lane, so that what a lane keeps always
+// comes first and needs no select. Nothing is added atomically: blocks write partial sums, and a
+// second kernel adds them in order.
 //
 // Cost per (b, d, t, n): two exp2, 13 multiplies and FMAs, about 4 instructions of sums, and 5
 // registers to and from shared memory, 25 instructions in all with 2 states and 2 channels to a
@@ -85,9 +90,8 @@ struct BackwardShared {
   // The states on entering either tile, saved by the forward pass. 4 more channels, so that a
   // warp's are on different banks, or on the same two at most.
   alignas(16) Number entering[2][kGroup][kChannels + 4];
-  // Where a lane's states of all steps exceed the registers, it takes a tile in halves, and those
-  // of the first wait here while it takes the second. It also halves the code, which the caches of
-  // instructions do not hold otherwise.
+  // Where a lane's states of all steps exceed the registers, it takes a tile in halves, by the same
+  // code, and those of the first wait here while it takes the second.
   static constexpr bool kCrowded = kStagers && kStates * kPerLane > 4;
   static constexpr int kHalves = kCrowded ? 2 : 1, kSteps = kTile / kHalves;
   alignas(16) float4 early[kCrowded ? kSteps - 1 : 1][kCrowded ? kStates * kPerLane / 4 : 1]
@@ -150,7 +154,8 @@ __device__ inline void Split(Complex x, float* to) { to[0] = x.re, to[1] = x.im;
 
 template <typename Number, int kStates, int kLanes, int kPerLane, int kWalkers, int kStagers,
           bool kWaits, Elements kElements, Layout kLayout>
-__global__ void __launch_bounds__(kWalkers + kStagers + (kWalkers == 320 ? 64 : 0))
+__global__ void __launch_bounds__(BackwardShared<Number, kStates, kLanes, kPerLane, kWalkers,
+                                                 kStagers, kWaits, kElements, kLayout>::kThreads)
     BackwardKernel(const __grid_constant__ Backward p, const __grid_constant__ Plan plan,
                    const __grid_constant__ BackwardWorkspace workspace) {
   using Shared = BackwardShared<Number, kStates, kLanes, kPerLane, kWalkers, kStagers, kWaits,
@@ -171,10 +176,10 @@ __global__ void __launch_bounds__(kWalkers + kStagers + (kWalkers == 320 ? 64 : 
   const Operands& o = p.operands;
   const Block block(p, plan);
   constexpr int kPairs = Sequences::kCount, kProjectionPairs = Projections::kCount;
-  // Of those who stage.
+  // Idle ones come last.
   int thread = static_cast<int>(threadIdx.x);
   if (Shared::kIdle && thread >= kWalkers + 2 * kWarp) thread ^= 2 * kWarp;
-  const int stager = thread - Shared::kFirst;
+  const int stager = thread - Shared::kFirst;  // of those who stage
   const Sequences sequences(SequenceLines(p, block), p.reverse, stager);
   const Projections projections(ProjectionLines<kParts>(p, block), p.reverse, stager);
   StageVectors<Shared::kThreads, kChannels>(p, block, shared.vectors);
@@ -219,8 +224,8 @@ __global__ void __launch_bounds__(kWalkers + kStagers + (kWalkers == 320 ? 64 : 
     SendCopies();
     next_projections -= projections.Stride();
   };
-  // The states on entering a tile. Copies, as above: a load into registers would have walkers wait
-  // for global memory where the compiler has them wait for some other load.
+  // The states on entering a tile, by stagers and as copies: loads of walkers into registers share
+  // one of six scoreboards with other loads, so that these waited for global memory, too.
   const int64_t states_stride = (p.reverse ? -p.dstate : p.dstate) * p.dim;  // of a tile
   const Number* states = static_cast<const Number*>(p.states.data) +
                          TransposedIndex(p, block,
