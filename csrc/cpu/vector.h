@@ -5,7 +5,7 @@
 // how wide a vector is there. Everything lives in an anonymous namespace, since the same names mean
 // other code in each of those files.
 //
-// Accuracy: the polynomials of Exp2 are within 2e-9 (float) and 3e-18 (double) of 2^x, so that it
+// Accuracy: the polynomials of Exp2 are within 5e-9 (float) and 3e-18 (double) of 2^x, so that it
 // errs by rounding alone. Below the smallest normal number Exp2 may stop at it, and the infinity of
 // an overflow far beyond the largest (an x of 2^23 or more) may have either sign; NaN passes
 // through everything.
@@ -143,16 +143,19 @@ struct Poly<double> {
   static constexpr int kMantissa = 52;
 };
 
-// Powers of two by a table: 2^(i / lanes), and (2^x - 1) / x between two of its entries.
+// Powers of two by a table: 2^(i / lanes), and between two of its entries (2^x - 1) / x or, for
+// floats, a cubic in x that is 18.15... times 2^x and has no factor at x^3; their table is divided
+// by that number. It was chosen of thousands of floats such that rounding hurts least: no entry is
+// off by more than 2^-25 of it, and the last four, where an ulp is smallest, by 2^-27.
 template <typename T>
 struct Fractions;
 template <>
 struct Fractions<float> {
-  static constexpr float kPowers[] = {1.0f,          1.0442737824f, 1.0905077327f, 1.1387886348f,
-                                      1.1892071150f, 1.2418578121f, 1.2968395547f, 1.3542555469f,
-                                      1.4142135624f, 1.4768261459f, 1.5422108254f, 1.6104903319f,
-                                      1.6817928305f, 1.7562521604f, 1.8340080864f, 1.9152065614f};
-  static constexpr float kExp2[] = {0.693147182667f, 0.240234288027f, 0.0555021366246f};
+  static constexpr float kPowers[] = {0.0550913773f, 0.0575304814f, 0.0600775741f, 0.0627374351f,
+                                      0.0655150563f, 0.0684156567f, 0.0714446753f, 0.0746078044f,
+                                      0.0779109746f, 0.0813603848f, 0.084962517f,  0.0887241289f,
+                                      0.0926522836f, 0.0967543498f, 0.101038031f,  0.105511367f};
+  static constexpr float kExp2[] = {18.151660919f, 12.581778f, 4.3606787f};
 };
 template <>
 struct Fractions<double> {
@@ -170,6 +173,21 @@ struct Fractions<double> {
                                      0.000015251848398709409481};
 };
 
+// Logarithms by a table: scale is 0.7069... / (1 + c) for sixteen c from 0 to 1, rounded such that
+// the values, log(1 + c), err by 0.01 ulp at most.
+struct Logarithms {
+  static constexpr float kLast = 0.96f;  // rounds to the last sixteenth below 1
+  static constexpr float kScales[] = {0.7069485784f, 0.6653615832f, 0.6283981204f, 0.5953261256f,
+                                      0.5655593872f, 0.5386270285f, 0.5141422153f, 0.4917904139f,
+                                      0.4712989032f, 0.4524485767f, 0.4350448251f, 0.4189321697f,
+                                      0.4039708078f, 0.3900418878f, 0.377040416f,  0.3619579673f};
+  static constexpr float kValues[] = {0.0f,          0.06062730402f, 0.1177840158f, 0.1718485653f,
+                                      0.2231426239f, 0.2719345689f,  0.3184580207f, 0.3629052937f,
+                                      0.4054654241f, 0.4462838173f,  0.4855088592f, 0.5232489109f,
+                                      0.559615314f,  0.5947037935f,  0.6286055446f, 0.6694298387f};
+  static constexpr float kLog1p[] = {1.41453f, -1.0004479f, 0.94388807f};  // then -1
+};
+
 template <typename T, int kCount>
 inline Vec<T> Horner(Vec<T> x, const T (&c)[kCount]) {
   Vec<T> y = Splat(c[kCount - 1]);
@@ -178,30 +196,75 @@ inline Vec<T> Horner(Vec<T> x, const T (&c)[kCount]) {
   return y;
 }
 
+#if defined(__AVX512F__)
+// In the form with a mask of ones, since the plain ones make GCC warn of its own undefined vectors.
+inline Vec<float> Lookup(Vec<float> index, const float (&table)[16]) {
+  return _mm512_maskz_permutexvar_ps(0xffff, BitCast<__m512i>(index),
+                                     LoadUnaligned<Vec<float>>(table));
+}
+inline Vec<double> Lookup(Vec<double> index, const double (&table)[8]) {
+  return _mm512_maskz_permutexvar_pd(0xff, BitCast<__m512i>(index),
+                                     LoadUnaligned<Vec<double>>(table));
+}
+inline Vec<float> Scale(Vec<float> x, Vec<float> exponent) {
+  return _mm512_maskz_scalef_ps(0xffff, x, exponent);
+}
+inline Vec<double> Scale(Vec<double> x, Vec<double> exponent) {
+  return _mm512_maskz_scalef_pd(0xff, x, exponent);
+}
+inline Vec<float> FusedMultiplyAdd(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return _mm512_fmadd_ps(a, b, c);
+}
+inline Vec<double> FusedMultiplyAdd(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return _mm512_fmadd_pd(a, b, c);
+}
+// The larger or smaller of two. If either is NaN, it is the second operand that these instructions
+// return: NaN stays.
+inline Vec<float> AtLeast(float low, Vec<float> x) {
+  return _mm512_maskz_max_ps(0xffff, Splat(low), x);
+}
+inline Vec<double> AtLeast(double low, Vec<double> x) {
+  return _mm512_maskz_max_pd(0xff, Splat(low), x);
+}
+inline Vec<float> AtMost(float high, Vec<float> x) {
+  return _mm512_maskz_min_ps(0xffff, Splat(high), x);
+}
+inline Vec<double> AtMost(double high, Vec<double> x) {
+  return _mm512_maskz_min_pd(0xff, Splat(high), x);
+}
+#else
+// The larger or smaller of two. Comparisons with NaN are false: NaN stays.
+template <typename T>
+inline Vec<T> AtLeast(T low, Vec<T> x) {
+  return x < low ? Splat(low) : x;
+}
+template <typename T>
+inline Vec<T> AtMost(T high, Vec<T> x) {
+  return x > high ? Splat(high) : x;
+}
+#endif
+
 // 2^whole 2^rest of a number that was split by rounding: whole is a multiple of 1 / kFractions,
 // rest at most half of that, and the last bits of rounded are those of whole * kFractions.
 #if defined(__AVX512F__)
 // The fraction of whole comes from a register, by a permutation, which leaves the polynomial little
-// to do. One more instruction scales, infinities and underflow included. In the form with a mask of
-// ones, since the plain ones make GCC warn of its own undefined vectors.
+// to do. One more instruction scales, infinities and underflow included. The multiplier is what
+// binds the scan's inner loop on a Zen 4, and additions go elsewhere: hence the cubic without a
+// factor at its third power.
 template <typename T>
 constexpr int kFractions = kLanes<T>;
 template <typename T>
 inline Vec<T> Exp2(Vec<T> rounded, Vec<T> whole, Vec<T> rest) {
-  const Vec<T> powers = LoadUnaligned<Vec<T>>(Fractions<T>::kPowers);
-  const Vec<T> more = rest * Horner<T>(rest, Fractions<T>::kExp2);  // 2^rest - 1
+  const Vec<T> power = Lookup(rounded, Fractions<T>::kPowers);
+  constexpr auto& c = Fractions<T>::kExp2;
   if constexpr (sizeof(T) == 4) {
-    const Vec<T> power = _mm512_maskz_permutexvar_ps(0xffff, BitCast<__m512i>(rounded), powers);
-    return _mm512_maskz_scalef_ps(0xffff, power + power * more, whole);
+    return Scale(power * (((rest + c[2]) * rest + c[1]) * rest + c[0]), whole);
   } else {
-    const Vec<T> power = _mm512_maskz_permutexvar_pd(0xff, BitCast<__m512i>(rounded), powers);
-    return _mm512_maskz_scalef_pd(0xff, power + power * more, whole);
+    const Vec<T> more = rest * Horner<T>(rest, c);  // 2^rest - 1
+    return Scale(power + power * more, whole);
   }
 }
-template <typename T>
-inline Vec<T> Clamp(Vec<T> x, T, T) {
-  return x;  // nothing that this scaling could not do
-}
+constexpr bool kScales = true;
 #else
 template <typename T>
 constexpr int kFractions = 1;
@@ -211,24 +274,26 @@ inline Vec<T> Exp2(Vec<T> rounded, Vec<T>, Vec<T> rest) {
   const IntVec<T> scale = exponent + BitCast<typename VectorOf<T>::Int>(T(1));
   return Horner<T>(rest, Poly<T>::kExp2) * BitCast<Vec<T>>(scale);
 }
-// Keeps whole within the exponents that there are. Comparisons with NaN are false: NaN stays.
-template <typename T>
-inline Vec<T> Clamp(Vec<T> x, T low, T high) {
-  x = x < low ? Splat(low) : x;
-  return x > high ? Splat(high) : x;
-}
+constexpr bool kScales = false;
 #endif
 
 template <typename T>
 inline Vec<T> Exp2(Vec<T> x) {
   using P = Poly<T>;
   constexpr T kMagic = P::kMagic / kFractions<T>;
-  x = Clamp<T>(x, P::kMinExponent, P::kMaxExponent);
+  // Without scaling, whole has to stay within the exponents that there are.
+  if (!kScales) x = AtMost(P::kMaxExponent, AtLeast(P::kMinExponent, x));
   const Vec<T> rounded = x + kMagic, whole = rounded - kMagic;
   return Exp2<T>(rounded, whole, x - whole);
 }
 
 constexpr double kLog2E = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
+
+// log2(e), what it lacks as a T.
+template <typename T>
+constexpr T kLog2ELow = T(kLog2E - T(kLog2E));
+template <>
+constexpr double kLog2ELow<double> = 2.0355273740931033e-17;
 
 // ln 2 in two parts, the first short enough that its products with an exponent are exact.
 template <typename T>
@@ -240,22 +305,53 @@ constexpr double kLn2High<double> = 6.93145751953125e-1;
 template <>
 constexpr double kLn2Low<double> = 1.42860682030941723212e-6;
 
-// e^x, which may saturate near the largest finite number: its callers need no infinity. The product
-// with log2(e) is taken of what is left after the whole powers of two, so that it costs no
-// accuracy.
+// Where e^x has long saturated, and its argument can still be split. Scaling makes 0 and infinity
+// of twice the exponents that there are.
 template <typename T>
-inline Vec<T> Exp(Vec<T> x) {
-  using P = Poly<T>;
-  constexpr T kMagic = P::kMagic / kFractions<T>;
-  x = Clamp<T>(x, P::kMinExponent * T(kLn2), (P::kMaxExponent - T(0.5)) * T(kLn2));
+constexpr T kLeastExp = Poly<T>::kMinExponent * T(kLn2) * (kScales ? 2 : 1);
+template <typename T>
+constexpr T kMostExp = (Poly<T>::kMaxExponent - T(0.5)) * T(kLn2) * (kScales ? 2 : 1);
+
+// e^x for an x between these two.
+template <typename T>
+inline Vec<T> ExpWithin(Vec<T> x) {
+  constexpr T kMagic = Poly<T>::kMagic / kFractions<T>;
   const Vec<T> rounded = x * T(kLog2E) + kMagic, whole = rounded - kMagic;
+#if defined(__AVX512F__)
+  // The product with log2(e) once more, exact until whole is off it.
+  const Vec<T> nearly = FusedMultiplyAdd(x, Splat(T(kLog2E)), -whole);
+  const Vec<T> rest = FusedMultiplyAdd(x, Splat(kLog2ELow<T>), nearly);
+#else
+  // The product with log2(e) is taken of what is left after the whole powers of two, so that it
+  // costs no accuracy.
   const Vec<T> rest = ((x - whole * kLn2High<T>)-whole * kLn2Low<T>)*T(kLog2E);
+#endif
   return Exp2<T>(rounded, whole, rest);
 }
 
-// log(1 + y) for y in [0, 1], by 2 atanh(y / (2 + y)): exact to the last bits for tiny y too.
+// e^x, which may saturate near the largest finite number: its callers need no infinity.
+template <typename T>
+inline Vec<T> Exp(Vec<T> x) {
+  return ExpWithin<T>(AtMost(kMostExp<T>, AtLeast(kLeastExp<T>, x)));
+}
+
+// log(1 + y) for y in [0, 1], exact to the last bits for tiny y too.
 template <typename T>
 inline Vec<T> Log1p(Vec<T> y) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    // Of 16 parts of the interval, about whose middles are c (0 in the first, for tiny y):
+    // log(1 + c) + log(1 + t), with a t of (y - c) / (1 + c) that is scaled so that the polynomial
+    // has no factor at its last power.
+    using L = Logarithms;
+    const Vec<T> part = AtMost(L::kLast, y) + Poly<T>::kMagic / 16;
+    const Vec<T> scale = Lookup(part, L::kScales);
+    const Vec<T> t = FusedMultiplyAdd(y, scale, scale - L::kScales[0]);
+    constexpr auto& c = L::kLog1p;
+    return (((c[2] - t) * t + c[1]) * t + c[0]) * t + Lookup(part, L::kValues);
+  }
+#endif
+  // 2 atanh(y / (2 + y))
   Vec<T> s = y / (y + T(2));
   return T(2) * s * Horner<T>(s * s, Poly<T>::kAtanh);
 }
@@ -264,14 +360,13 @@ inline Vec<T> Log1p(Vec<T> y) {
 template <typename T>
 inline Vec<T> ExpMinusMagnitude(Vec<T> x) {
   const auto sign = BitCast<typename VectorOf<T>::Int>(T(-0.0));
-  return Exp<T>(BitCast<Vec<T>>(BitCast<IntVec<T>>(x) | sign));
+  return ExpWithin<T>(AtLeast(kLeastExp<T>, BitCast<Vec<T>>(BitCast<IntVec<T>>(x) | sign)));
 }
 
 // softplus(x) = log(1 + e^x), and x above 20, which floats come to by themselves.
 template <typename T>
 inline Vec<T> Softplus(Vec<T> x, Vec<T> exp_minus_magnitude) {
-  const Vec<T> positive = x < T(0) ? Vec<T>{} : x;
-  const Vec<T> soft = positive + Log1p<T>(exp_minus_magnitude);
+  const Vec<T> soft = AtLeast(T(0), x) + Log1p<T>(exp_minus_magnitude);
   if constexpr (sizeof(T) == 4) return soft;
   return x > T(20) ? x : soft;
 }

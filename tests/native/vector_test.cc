@@ -54,6 +54,18 @@ void Compare(const char* name, float low, float high, Vector vector, Exact exact
   std::printf("%s %.3Lf\n", name, worst);
 }
 
+// Far from 0, up to what masks are made of, softplus is x or next to nothing.
+template <typename T>
+bool SoftplusHoldsFar() {
+  for (T x : {T(1e3), T(1e6), T(1e9), T(1e20), T(1e30), std::numeric_limits<T>::max(),
+              std::numeric_limits<T>::infinity()}) {
+    const T above = jax_sscan::Softplus<T>(jax_sscan::Splat(x))[0];
+    const T below = jax_sscan::Softplus<T>(jax_sscan::Splat(-x))[0];
+    if (!(above == x && below >= 0 && below <= 2 * std::numeric_limits<T>::min())) return false;
+  }
+  return true;
+}
+
 template <typename T>
 void CompareAll(const char* type) {
   char name[64];
@@ -75,6 +87,7 @@ void CompareAll(const char* type) {
   Compare<T>(
       label("Sigmoid"), -80.0f, 80.0f, [](Vec<T> x) { return jax_sscan::Sigmoid<T>(x); },
       [](long double x) { return 1 / (1 + std::exp(-x)); });
+  std::printf("%s %d\n", label("SoftplusFar"), SoftplusHoldsFar<T>() ? 0 : 1);
   // Near its zeros a cosine is as exact as its argument lets it be; so these go over one quadrant.
   Compare<T>(
       label("Cos"), -0.5f, 0.5f,
