@@ -21,8 +21,11 @@ struct Phase {
   std::function<void(int64_t)> task;
 };
 
-// Phases one after the other. A worker that finds no task left waits until the phase is over; that
-// cannot deadlock, since it only waits for tasks that other threads are already running.
+// Phases one after the other. Of each, every worker has a share of neighbouring tasks, and helps
+// the others when that is done: so the next call over the same arrays finds most of them in the
+// cache of the core that works on them, if it has as many workers. A worker that finds no task left
+// waits until the phase is over; that cannot deadlock, since it only waits for tasks that other
+// threads are already running.
 class Phases {
  public:
   // done(true) is called once, in the thread that ends last; done(false) if memory ran out.
@@ -34,50 +37,66 @@ class Phases {
     int64_t workers = 1;
     for (const Phase& phase : phases) workers = std::max(workers, phase.count);
     workers = std::min<int64_t>(workers, std::max<int64_t>(1, pool.num_threads()));
-    auto run = std::make_shared<Phases>(std::move(phases), std::move(done));
-    // The last share of the work runs here: the calling thread is one of XLA's, and free.
-    for (int64_t i = 1; i < workers; ++i) pool.Schedule([run] { run->Work(); });
-    run->Work();
+    auto run = std::make_shared<Phases>(std::move(phases), workers, std::move(done));
+    // The first share of the work runs here: the calling thread is one of XLA's, and free.
+    for (int64_t i = 1; i < workers; ++i) pool.Schedule([run, i] { run->Work(i); });
+    run->Work(0);
   }
 
-  Phases(std::vector<Phase> phases, std::function<void(bool)> done)
-      : phases_(std::move(phases)), done_(std::move(done)), progress_(phases_.size()) {}
+  Phases(std::vector<Phase> phases, int64_t workers, std::function<void(bool)> done)
+      : phases_(std::move(phases)),
+        workers_(workers),
+        done_(std::move(done)),
+        shares_(phases_.size() * static_cast<size_t>(workers)),
+        completed_(phases_.size()) {
+    for (size_t i = 0; i < phases_.size(); ++i)
+      for (int64_t k = 0; k < workers; ++k) {
+        ShareOf(i, k).next = phases_[i].count * k / workers;
+        ShareOf(i, k).end = phases_[i].count * (k + 1) / workers;
+      }
+  }
 
  private:
-  struct Progress {
-    std::atomic<int64_t> next{0}, completed{0};
+  struct alignas(64) Share {  // a cache line of its own
+    std::atomic<int64_t> next{0};
+    int64_t end = 0;
   };
 
-  void Work() {
+  Share& ShareOf(size_t phase, int64_t worker) {
+    return shares_[phase * static_cast<size_t>(workers_) + static_cast<size_t>(worker)];
+  }
+
+  void Work(int64_t worker) {
     for (size_t i = 0; i < phases_.size(); ++i) {
-      const bool is_last = i + 1 == phases_.size();
-      WorkOn(phases_[i], progress_[i], is_last);
-      if (is_last) return;
+      for (int64_t k = 0; k < workers_; ++k) WorkOn(i, ShareOf(i, (worker + k) % workers_));
+      if (i + 1 == phases_.size()) return;
       std::unique_lock<std::mutex> lock(mutex_);
-      phase_over_.wait(lock, [&] { return progress_[i].completed == phases_[i].count; });
+      phase_over_.wait(lock, [&] { return completed_[i] == phases_[i].count; });
     }
   }
 
-  void WorkOn(const Phase& phase, Progress& progress, bool is_last) {
+  void WorkOn(size_t phase, Share& share) {
     for (;;) {
-      const int64_t i = progress.next.fetch_add(1);
-      if (i >= phase.count) return;
+      const int64_t i = share.next.fetch_add(1);
+      if (i >= share.end) return;
       try {
-        if (!failed_) phase.task(i);
+        if (!failed_) phases_[phase].task(i);
       } catch (const std::bad_alloc&) {
         failed_ = true;
       }
-      if (progress.completed.fetch_add(1) + 1 < phase.count) continue;
-      if (is_last) return done_(!failed_);
-      // Under the lock, so that no worker is between its look at `completed` and its wait.
+      if (completed_[phase].fetch_add(1) + 1 < phases_[phase].count) continue;
+      if (phase + 1 == phases_.size()) return done_(!failed_);
+      // Under the lock, so that no worker is between its look at `completed_` and its wait.
       std::lock_guard<std::mutex> lock(mutex_);
       phase_over_.notify_all();
     }
   }
 
   const std::vector<Phase> phases_;
+  const int64_t workers_;
   const std::function<void(bool)> done_;
-  std::vector<Progress> progress_;
+  std::vector<Share> shares_;                    // of each phase, one per worker
+  std::vector<std::atomic<int64_t>> completed_;  // tasks of each phase
   std::atomic<bool> failed_{false};
   std::mutex mutex_;
   std::condition_variable phase_over_;
