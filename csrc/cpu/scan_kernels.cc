@@ -267,27 +267,28 @@ class Prefetch {
   void Add(const Array& array, const Place& at, int64_t rows, int64_t channels) {
     const int64_t size = static_cast<int64_t>(ffi::ByteWidth(array.dtype));
     const bool by_row = at.channel_stride == 1;
-    Tile& tile = tiles_[used_++];
-    tile.first = static_cast<const char*>(array.data) + at.offset * size;
-    tile.stride = (by_row ? at.row_stride : at.channel_stride) * size;
-    tile.bytes = (by_row ? channels : rows) * size;
+    const char* first = static_cast<const char*>(array.data) + at.offset * size;
+    const int64_t stride = (by_row ? at.row_stride : at.channel_stride) * size;
+    const int64_t bytes = (by_row ? channels : rows) * size;
+    for (int64_t byte = 0; byte < bytes && used_ < kMost; byte += 64)
+      lines_[used_++] = {first + byte, stride};
     rows_ = by_row ? rows : channels;
   }
   // Row i in memory of every tile.
   void Row(int64_t i) const {
     if (i >= rows_) return;
     for (int k = 0; k < used_; ++k)
-      for (int64_t byte = 0; byte < tiles_[k].bytes; byte += 64)
-        __builtin_prefetch(tiles_[k].first + i * tiles_[k].stride + byte, 0, 2);
+      __builtin_prefetch(lines_[k].first + i * lines_[k].stride, 0, 2);
     __asm__ volatile("");  // GCC drops calls of functions that do nothing but prefetch
   }
 
  private:
-  struct Tile {
+  static constexpr int kMost = 64;  // the rest of very long rows is left to the hardware
+  struct Line {                     // one of each row
     const char* first;
-    int64_t stride, bytes;
+    int64_t stride;
   };
-  Tile tiles_[7];
+  Line lines_[kMost];
   int used_ = 0;
   int64_t rows_ = 0;
 };
@@ -403,6 +404,31 @@ template <typename T>
 inline void FinishTile(const Vec<T>* scratch, int64_t rows, int64_t channels, const Array& to,
                        const Place& at) {
   if (!InPlace<T>(to, at, channels)) StoreTile<T>(scratch, rows, channels, to, at);
+}
+
+// The same for a run of count channels that lie next to each other; a row is a block of them.
+template <typename T>
+inline Rows<T> RunOf(const Vec<T>* scratch) {
+  return {reinterpret_cast<const T*>(scratch), kLanes<T>};
+}
+template <typename T>
+inline bool RunInPlace(const Array& array, int64_t count) {
+  return InPlace<T>(array, {0, 0, 1}, kLanes<T>) && count % kLanes<T> == 0;
+}
+template <typename T>
+inline Rows<T> ReadRun(const Array& from, int64_t offset, int64_t count, Vec<T>* scratch) {
+  if (RunInPlace<T>(from, count)) return {static_cast<const T*>(from.data) + offset, kLanes<T>};
+  ToReal(from, offset, count, reinterpret_cast<T*>(scratch));
+  return RunOf<T>(scratch);
+}
+template <typename T>
+inline WritableRows<T> WriteRun(const Array& to, int64_t offset, int64_t count, Vec<T>* scratch) {
+  if (RunInPlace<T>(to, count)) return {static_cast<T*>(to.data) + offset, kLanes<T>};
+  return {reinterpret_cast<T*>(scratch), kLanes<T>};
+}
+template <typename T>
+inline void FinishRun(const Vec<T>* scratch, const Array& to, int64_t offset, int64_t count) {
+  if (!RunInPlace<T>(to, count)) FromReal(reinterpret_cast<const T*>(scratch), count, to, offset);
 }
 
 // The same for tiles of numbers: a complex array is one of reals, with the parts interleaved.
@@ -680,13 +706,93 @@ void LoadInputs(const Slice& s, Vec<T> D, Vec<T> bias, int64_t channel, int64_t 
     return;
   }
   // In two loops: the longer the operations that wait for each other, the fewer steps a core has
-  // under way.
-  for (int64_t t = 0; t < steps; ++t) source[t] = ExpMinusMagnitude<T>(raw[t] + bias);
+  // under way. x goes from one to the other in y: where rows lie far apart, raw would come from L2
+  // twice.
   for (int64_t t = 0; t < steps; ++t) {
-    const Vec<T> x = raw[t] + bias, exp = source[t];
+    y[t] = raw[t] + bias;
+    source[t] = ExpMinusMagnitude<T>(y[t]);
+  }
+  for (int64_t t = 0; t < steps; ++t) {
+    const Vec<T> x = y[t], exp = source[t];
     if (slope) slope[t] = SoftplusSlope<T>(x, exp);
     set(t, Softplus<T>(x, exp));
   }
+}
+
+// Where every step restarts, nothing decays: y = D u + delta u sum C B, which needs neither A nor a
+// state. Steps are independent, so that the inner loops run over the channels of one, which lie
+// next to each other (FoldRows sees to that).
+template <typename N>
+void ForwardWithoutDecay(const Forward& p, const Tasks& tasks, int64_t task) {
+  using T = typename N::Scalar;
+  using V = Vec<T>;
+  constexpr int kWidth = kLanes<T>;
+  Slice s(p, tasks, task);
+  const Operands& o = p.operands;
+  const int64_t blocks = (s.dim + kWidth - 1) / kWidth, dstate = p.dstate;
+
+  Scratch scratch;
+  auto take_run = [&] {
+    V* run = scratch.Take<V>(blocks);
+    std::fill_n(run, blocks, V{});
+    return run;
+  };
+  V *u_scratch = take_run(), *raw_scratch = take_run(), *z_scratch = take_run(),
+    *out_scratch = take_run(), *D_scratch = take_run(), *bias_scratch = take_run(),
+    *exp = take_run(), *gate = take_run();
+  N* fixed_B = scratch.Take<N>(p.B_varies ? 0 : blocks * dstate);
+  N* fixed_C = scratch.Take<N>(p.C_varies ? 0 : blocks * dstate);
+  T* B_scratch = scratch.Take<T>(p.B_varies ? dstate * N::kParts : 0);
+  T* C_scratch = scratch.Take<T>(p.C_varies ? dstate * N::kParts : 0);
+  for (int64_t b = 0; b < blocks; ++b) {
+    const Place at = s.Weight(s.begin + b * kWidth);
+    const int64_t channels = std::min<int64_t>(kWidth, s.dim - b * kWidth);
+    if (!p.B_varies) LoadNumbers(o.B, at, dstate, channels, fixed_B + b * dstate);
+    if (!p.C_varies) LoadNumbers(o.C, at, dstate, channels, fixed_C + b * dstate);
+  }
+  auto read = [&](const Array& from, const Place& at, V* run) {
+    return from ? ReadRun<T>(from, at.offset, s.dim, run) : RunOf<T>(run);
+  };
+  const Rows<T> D = read(o.D, s.Vector(s.begin), D_scratch);
+  const Rows<T> bias = read(o.delta_bias, s.Vector(s.begin), bias_scratch);
+  const bool softplus = p.delta_softplus;
+
+  auto run_step = [&](int64_t t, auto B, auto C) {
+    constexpr bool kSame = decltype(B)::kIsVarying && decltype(C)::kIsVarying;  // for all channels
+    const Place at = s.Sequence(s.begin, t);
+    const Rows<T> u = read(o.u, at, u_scratch), raw = read(o.delta, at, raw_scratch);
+    const Rows<T> z = read(o.z, at, z_scratch);
+    const WritableRows<T> out = WriteRun<T>(p.out, at.offset, s.dim, out_scratch);
+    V product;
+    auto set_product = [&](int64_t b) {
+      product = V{};
+      const auto B_t = B.From(0, b * dstate), C_t = C.From(0, b * dstate);
+      for (int64_t n = 0; n < dstate; ++n) product += RealOfProduct(C_t[n], B_t[n]);
+      if (N::kComplex) product += product;
+    };
+    if (kSame) set_product(0);
+    // In several loops: the longer the operations that wait for each other, the fewer blocks a core
+    // has under way.
+    for (int64_t b = 0; o.z && b < blocks; ++b) gate[b] = Silu<T>(z[b]);
+    for (int64_t b = 0; softplus && b < blocks; ++b)
+      exp[b] = ExpMinusMagnitude<T>(raw[b] + bias[b]);
+    for (int64_t b = 0; b < blocks; ++b) {
+      if (!kSame) set_product(b);
+      const V x = raw[b] + bias[b], delta = softplus ? Softplus<T>(x, exp[b]) : x;
+      const V y = (D[b] + product * delta) * u[b];
+      out.Set(b, o.z ? y * gate[b] : y);
+    }
+    FinishRun<T>(out_scratch, p.out, at.offset, s.dim);
+  };
+
+  for (s.batch = s.first_row; s.batch < s.last_row; ++s.batch)
+    for (int64_t t = 0; t < p.length; ++t) {
+      Varying<N> varying_B{}, varying_C{};
+      if (p.B_varies) varying_B.steps = ReadProjection<N>(s, o.B, t, 1, B_scratch);
+      if (p.C_varies) varying_C.steps = ReadProjection<N>(s, o.C, t, 1, C_scratch);
+      WithProjections<N>(p, varying_B, {fixed_B}, varying_C, {fixed_C},
+                         [&](auto B, auto C) { run_step(t, B, C); });
+    }
 }
 
 template <typename N>
@@ -697,9 +803,6 @@ void ForwardTask(const Forward& p, const Tasks& tasks, int64_t task) {
   Slice s(p, tasks, task);
   const Operands& o = p.operands;
   const int64_t blocks = (s.dim + kWidth - 1) / kWidth, dstate = p.dstate;
-
-  // Where every step restarts, nothing decays: y = source sum C B.
-  const bool decays = p.restart_every != 1;
 
   Scratch scratch;
   N* state = scratch.Take<N>(blocks * dstate);
@@ -716,7 +819,6 @@ void ForwardTask(const Forward& p, const Tasks& tasks, int64_t task) {
                     nullptr};
   V* D = scratch.Take<V>(blocks);
   V* bias = scratch.Take<V>(blocks);
-  V* products = scratch.Take<V>(decays ? 0 : p.chunk);
   bool* restarts = scratch.Take<bool>(p.chunk);
 
   auto each_block = [&](auto body) {
@@ -724,9 +826,8 @@ void ForwardTask(const Forward& p, const Tasks& tasks, int64_t task) {
       body(b, s.begin + b * kWidth, std::min<int64_t>(kWidth, s.dim - b * kWidth));
   };
   each_block([&](int64_t b, int64_t channel, int64_t channels) {
-    if (decays) LoadNumbers(o.A, s.Weight(channel), dstate, channels, rate + b * dstate);
-    for (int64_t n = 0; decays && n < dstate; ++n)
-      rate[b * dstate + n] = Rate(rate[b * dstate + n]);
+    LoadNumbers(o.A, s.Weight(channel), dstate, channels, rate + b * dstate);
+    for (int64_t n = 0; n < dstate; ++n) rate[b * dstate + n] = Rate(rate[b * dstate + n]);
     if (!p.B_varies) LoadNumbers(o.B, s.Weight(channel), dstate, channels, fixed_B + b * dstate);
     if (!p.C_varies) LoadNumbers(o.C, s.Weight(channel), dstate, channels, fixed_C + b * dstate);
     D[b] = bias[b] = V{};
@@ -741,20 +842,6 @@ void ForwardTask(const Forward& p, const Tasks& tasks, int64_t task) {
     N* h = state + b * dstate;
     const V *deltas = in.delta, *sources = in.source;
     V* y = in.y;
-    if (!decays) {
-      constexpr bool kSame = decltype(B)::kIsVarying && decltype(C)::kIsVarying;  // for all blocks
-      for (int64_t t = 0; t < walk.steps; ++t) {
-        next.Row(t);
-        if (b == 0 || !kSame) {
-          const auto B_t = B.From(t, 0);
-          const auto C_t = C.From(t, 0);
-          products[t] = V{};
-          for (int64_t n = 0; n < dstate; ++n) products[t] += RealOfProduct(C_t[n], B_t[n]);
-        }
-        y[t] += products[t] * sources[t];
-      }
-      return;
-    }
     ForGroups<kGroup<N>>(dstate, [=, &next](int64_t n0, auto count) {
       constexpr int kCount = decltype(count)::value;
       N rates[kCount], states[kCount];
@@ -1155,7 +1242,12 @@ void WithNumber(const Problem& p, Run run) {
 }
 
 void RunForward(const Forward& p, const Tasks& tasks, int64_t task) {
-  WithNumber(p, [&](auto number) { ForwardTask<decltype(number)>(p, tasks, task); });
+  WithNumber(p, [&](auto number) {
+    if (p.restart_every == 1)
+      ForwardWithoutDecay<decltype(number)>(p, tasks, task);
+    else
+      ForwardTask<decltype(number)>(p, tasks, task);
+  });
 }
 void RunBackward(const Backward& p, const Tasks& tasks, const Workspace& workspace, int64_t task) {
   WithNumber(p, [&](auto number) { BackwardTask<decltype(number)>(p, tasks, workspace, task); });
