@@ -9,19 +9,23 @@ namespace jax_sscan::cpu {
 namespace {
 // The widest block of any instruction set, so that a slice holds whole blocks in all of them.
 constexpr int64_t kBlock = 16;
-// Enough tasks to keep many threads busy, and blocks enough in each to share the conversion of B
-// and C.
-constexpr int64_t kEnoughTasks = 32, kMostBlocks = 8;
+// Blocks enough in a task to share the conversion of B and C.
+constexpr int64_t kMostBlocks = 8;
 // Steps that are worth the start of a walk, and whose inputs fit L1.
 constexpr int64_t kEnoughSteps = 32;
 }  // namespace
 
-void FoldRows(Problem& p, bool has_states) {
+int64_t EnoughForwardTasks(int64_t threads) {
+  return std::clamp<int64_t>(8 * threads, 8, kEnoughTasks);
+}
+
+void FoldRows(Problem& p, bool has_states, int64_t enough_tasks) {
   const bool rows_are_steps = p.channel_last || p.length == 1;
   if (has_states || !rows_are_steps || p.num_chunks() > 1 || 2 * p.length > kEnoughSteps) return;
   // A divisor of the rows of an instance, so that all sequences are of one length.
   const int64_t rows = p.batch / p.instances;
-  const int64_t enough = std::min(rows, kEnoughTasks / (p.instances * Tasks(p).slices) + 1);
+  const int64_t slices = p.instances * Tasks(p, enough_tasks).slices;
+  const int64_t enough = std::min(rows, enough_tasks / slices + 1);
   int64_t sequences = enough;
   while (rows % sequences) ++sequences;
   p.restart_every = p.length;
@@ -35,16 +39,16 @@ void LengthenChunks(Forward& p) {
   if (!p.states && !p.restart_every) p.chunk = std::max(p.chunk, kEnoughSteps);
 }
 
-Tasks::Tasks(const Problem& p) {
+Tasks::Tasks(const Problem& p, int64_t enough) {
   const int64_t blocks_per_group = (p.group_dim() + kBlock - 1) / kBlock;
   const int64_t blocks = p.batch * p.groups * blocks_per_group;
-  const int64_t blocks_per_slice = std::clamp<int64_t>(blocks / kEnoughTasks, 1, kMostBlocks);
+  const int64_t blocks_per_slice = std::clamp<int64_t>(blocks / enough, 1, kMostBlocks);
   slice_dim = blocks_per_slice * kBlock;
   slices_per_group = (p.group_dim() + slice_dim - 1) / slice_dim;
   slices = p.groups * slices_per_group;
   // Few parts of the batch, since each brings partial sums of its own.
   const int64_t instance_rows = p.batch / p.instances;
-  rows = std::clamp<int64_t>(p.batch * slices / kEnoughTasks, 1, instance_rows);
+  rows = std::clamp<int64_t>(p.batch * slices / enough, 1, instance_rows);
   parts_per_instance = (instance_rows + rows - 1) / rows;
   parts = p.instances * parts_per_instance;
   count = parts * slices;

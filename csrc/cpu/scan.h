@@ -7,21 +7,27 @@
 
 namespace jax_sscan::cpu {
 
+// How many tasks are enough to keep many threads busy. A forward pass on few threads is cut into
+// fewer, larger ones: a slice that is wider makes more of each page of memory. That changes no bit,
+// since none of its sums cross channels.
+constexpr int64_t kEnoughTasks = 32;
+int64_t EnoughForwardTasks(int64_t threads);
+
 // Short sequences cost more to start than to run. Where batch rows lie behind one another as time
 // steps do, and no state enters or leaves them, several become one long sequence whose state
 // restarts at every row.
-void FoldRows(Problem& p, bool has_states);
+void FoldRows(Problem& p, bool has_states, int64_t enough_tasks = kEnoughTasks);
 
 // A chunk is what a block of channels walks before the next one does, and starting costs. Where no
 // states are saved between chunks, they may be longer than the caller's.
 void LengthenChunks(Forward& p);
 
 // A task is a slice of channels of one group and some batch rows of one instance, whose sequences
-// it walks one after the other. The cut depends on the problem alone, never on threads or
-// instruction sets, so that results do not either (sums over tasks are taken in a fixed order, see
-// Reduce).
+// it walks one after the other. Where sums cross tasks, in the backward pass, the cut depends on
+// the problem alone, never on threads or instruction sets, so that results do not either (those
+// sums are taken in a fixed order, see Reduce).
 struct Tasks {
-  explicit Tasks(const Problem& p);
+  explicit Tasks(const Problem& p, int64_t enough = kEnoughTasks);
   int64_t slice_dim;  // channels of a slice; the last of a group may have fewer
   int64_t slices_per_group;
   int64_t slices;  // of all groups

@@ -67,9 +67,10 @@ ffi::Future ForwardImpl(ffi::ThreadPool pool, bool delta_softplus, bool reverse,
   if (parsed.has_error()) return Failed(parsed.error());
   PreferLargePages(rets);
   Forward p = parsed.value();
-  cpu::FoldRows(p, p.operands.initial_state || p.last_state);
+  const int64_t enough = cpu::EnoughForwardTasks(pool.num_threads());
+  cpu::FoldRows(p, p.operands.initial_state || p.last_state, enough);
   cpu::LengthenChunks(p);
-  const cpu::Tasks tasks(p);
+  const cpu::Tasks tasks(p, enough);
   ffi::Promise promise;
   ffi::Future future(promise);
   auto forward = [=](int64_t i) { cpu::BestKernels().forward(p, tasks, i); };
