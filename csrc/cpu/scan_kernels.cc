@@ -516,6 +516,18 @@ struct Slice {
     batch = first_row;
   }
 
+  // Blocks of so many channels; the last may have fewer.
+  template <int kWidth>
+  int64_t Blocks() const {
+    return (dim + kWidth - 1) / kWidth;
+  }
+  // Calls body(block, channel, channels).
+  template <int kWidth, typename Body>
+  void EachBlock(Body body) const {
+    for (int64_t b = 0; b < Blocks<kWidth>(); ++b)
+      body(b, begin + b * kWidth, std::min<int64_t>(kWidth, dim - b * kWidth));
+  }
+
   // A tile of u, delta, z, out and their cotangents.
   Place Sequence(int64_t channel, int64_t t) const {
     if (p.channel_last) return {(batch * p.length + t) * p.dim + channel, p.dim, 1};
@@ -652,19 +664,56 @@ struct Fixed {
   const N* From(int64_t, int64_t n) const { return numbers + n; }
 };
 
-// Calls body(B, C) with what the problem has.
-template <typename N, typename Body>
-inline void WithProjections(const Problem& p, Varying<N> varying_B, Fixed<N> fixed_B,
-                            Varying<N> varying_C, Fixed<N> fixed_C, Body body) {
-  if (p.B_varies && p.C_varies)
-    body(varying_B, varying_C);
-  else if (p.B_varies)
-    body(varying_B, fixed_C);
-  else if (p.C_varies)
-    body(fixed_B, varying_C);
-  else
-    body(fixed_B, fixed_C);
-}
+// B and C as the blocks of a slice see them: what is fixed, of every block; what varies, of the
+// steps that were read last.
+template <typename N>
+class Projections {
+  using T = typename N::Scalar;
+
+ public:
+  // chunk: as many steps as are read at a time.
+  Projections(const Slice& s, int64_t chunk, Scratch& scratch)
+      : s_(s), B_(s, s.p.B_varies, chunk, scratch), C_(s, s.p.C_varies, chunk, scratch) {
+    s.EachBlock<kLanes<T>>([&](int64_t b, int64_t channel, int64_t channels) {
+      const Operands& o = s.p.operands;
+      const Place at = s.Weight(channel);
+      if (!B_.varies) LoadNumbers(o.B, at, s.p.dstate, channels, B_.fixed + b * s.p.dstate);
+      if (!C_.varies) LoadNumbers(o.C, at, s.p.dstate, channels, C_.fixed + b * s.p.dstate);
+    });
+  }
+  void Read(int64_t t0, int64_t steps) {
+    const Operands& o = s_.p.operands;
+    if (B_.varies) B_.varying.steps = ReadProjection<N>(s_, o.B, t0, steps, B_.scratch);
+    if (C_.varies) C_.varying.steps = ReadProjection<N>(s_, o.C, t0, steps, C_.scratch);
+  }
+  // Calls body(B, C) with what block b has, each Varying or Fixed.
+  template <typename Body>
+  void With(int64_t b, Body body) const {
+    const Fixed<N> fixed_B{B_.fixed + b * s_.p.dstate}, fixed_C{C_.fixed + b * s_.p.dstate};
+    if (B_.varies && C_.varies)
+      body(B_.varying, C_.varying);
+    else if (B_.varies)
+      body(B_.varying, fixed_C);
+    else if (C_.varies)
+      body(fixed_B, C_.varying);
+    else
+      body(fixed_B, fixed_C);
+  }
+
+ private:
+  struct Projection {
+    Projection(const Slice& s, bool varies, int64_t chunk, Scratch& from)
+        : varies(varies),
+          fixed(from.Take<N>(varies ? 0 : s.Blocks<kLanes<T>>() * s.p.dstate)),
+          scratch(from.Take<T>(varies ? chunk * s.p.dstate * N::kParts : 0)) {}
+    bool varies;
+    N* fixed;  // (blocks, dstate)
+    T* scratch;
+    Varying<N> varying{};
+  };
+  const Slice& s_;
+  Projection B_, C_;
+};
 
 // The steps of one chunk in processing order: step i is row Row(i).
 struct Walk {
@@ -729,7 +778,7 @@ void ForwardWithoutDecay(const Forward& p, const Tasks& tasks, int64_t task) {
   constexpr int kWidth = kLanes<T>;
   Slice s(p, tasks, task);
   const Operands& o = p.operands;
-  const int64_t blocks = (s.dim + kWidth - 1) / kWidth, dstate = p.dstate;
+  const int64_t blocks = s.Blocks<kWidth>(), dstate = p.dstate;
 
   Scratch scratch;
   auto take_run = [&] {
@@ -740,16 +789,7 @@ void ForwardWithoutDecay(const Forward& p, const Tasks& tasks, int64_t task) {
   V *u_scratch = take_run(), *raw_scratch = take_run(), *z_scratch = take_run(),
     *out_scratch = take_run(), *D_scratch = take_run(), *bias_scratch = take_run(),
     *exp = take_run(), *gate = take_run();
-  N* fixed_B = scratch.Take<N>(p.B_varies ? 0 : blocks * dstate);
-  N* fixed_C = scratch.Take<N>(p.C_varies ? 0 : blocks * dstate);
-  T* B_scratch = scratch.Take<T>(p.B_varies ? dstate * N::kParts : 0);
-  T* C_scratch = scratch.Take<T>(p.C_varies ? dstate * N::kParts : 0);
-  for (int64_t b = 0; b < blocks; ++b) {
-    const Place at = s.Weight(s.begin + b * kWidth);
-    const int64_t channels = std::min<int64_t>(kWidth, s.dim - b * kWidth);
-    if (!p.B_varies) LoadNumbers(o.B, at, dstate, channels, fixed_B + b * dstate);
-    if (!p.C_varies) LoadNumbers(o.C, at, dstate, channels, fixed_C + b * dstate);
-  }
+  Projections<N> projections(s, 1, scratch);
   auto read = [&](const Array& from, const Place& at, V* run) {
     return from ? ReadRun<T>(from, at.offset, s.dim, run) : RunOf<T>(run);
   };
@@ -787,11 +827,8 @@ void ForwardWithoutDecay(const Forward& p, const Tasks& tasks, int64_t task) {
 
   for (s.batch = s.first_row; s.batch < s.last_row; ++s.batch)
     for (int64_t t = 0; t < p.length; ++t) {
-      Varying<N> varying_B{}, varying_C{};
-      if (p.B_varies) varying_B.steps = ReadProjection<N>(s, o.B, t, 1, B_scratch);
-      if (p.C_varies) varying_C.steps = ReadProjection<N>(s, o.C, t, 1, C_scratch);
-      WithProjections<N>(p, varying_B, {fixed_B}, varying_C, {fixed_C},
-                         [&](auto B, auto C) { run_step(t, B, C); });
+      projections.Read(t, 1);
+      projections.With(0, [&](auto B, auto C) { run_step(t, B, C); });
     }
 }
 
@@ -802,15 +839,12 @@ void ForwardTask(const Forward& p, const Tasks& tasks, int64_t task) {
   constexpr int kWidth = kLanes<T>;
   Slice s(p, tasks, task);
   const Operands& o = p.operands;
-  const int64_t blocks = (s.dim + kWidth - 1) / kWidth, dstate = p.dstate;
+  const int64_t blocks = s.Blocks<kWidth>(), dstate = p.dstate;
 
   Scratch scratch;
   N* state = scratch.Take<N>(blocks * dstate);
   N* rate = scratch.Take<N>(blocks * dstate);
-  N* fixed_B = scratch.Take<N>(p.B_varies ? 0 : blocks * dstate);
-  N* fixed_C = scratch.Take<N>(p.C_varies ? 0 : blocks * dstate);
-  T* B_scratch = scratch.Take<T>(p.B_varies ? p.chunk * dstate * N::kParts : 0);
-  T* C_scratch = scratch.Take<T>(p.C_varies ? p.chunk * dstate * N::kParts : 0);
+  Projections<N> projections(s, p.chunk, scratch);
   BlockInputs<T> in{scratch.Take<V>(p.chunk),
                     scratch.Take<V>(p.chunk),
                     scratch.Take<V>(p.chunk),
@@ -821,15 +855,9 @@ void ForwardTask(const Forward& p, const Tasks& tasks, int64_t task) {
   V* bias = scratch.Take<V>(blocks);
   bool* restarts = scratch.Take<bool>(p.chunk);
 
-  auto each_block = [&](auto body) {
-    for (int64_t b = 0; b < blocks; ++b)
-      body(b, s.begin + b * kWidth, std::min<int64_t>(kWidth, s.dim - b * kWidth));
-  };
-  each_block([&](int64_t b, int64_t channel, int64_t channels) {
+  s.EachBlock<kWidth>([&](int64_t b, int64_t channel, int64_t channels) {
     LoadNumbers(o.A, s.Weight(channel), dstate, channels, rate + b * dstate);
     for (int64_t n = 0; n < dstate; ++n) rate[b * dstate + n] = Rate(rate[b * dstate + n]);
-    if (!p.B_varies) LoadNumbers(o.B, s.Weight(channel), dstate, channels, fixed_B + b * dstate);
-    if (!p.C_varies) LoadNumbers(o.C, s.Weight(channel), dstate, channels, fixed_C + b * dstate);
     D[b] = bias[b] = V{};
     if (o.D) LoadTile<T>(o.D, s.Vector(channel), 1, channels, D + b);
     if (o.delta_bias) LoadTile<T>(o.delta_bias, s.Vector(channel), 1, channels, bias + b);
@@ -872,19 +900,16 @@ void ForwardTask(const Forward& p, const Tasks& tasks, int64_t task) {
   auto run_chunk = [&](int64_t chunk, bool from_start) {
     const int64_t t0 = chunk * p.chunk;
     const Walk walk{std::min(p.chunk, p.length - t0), p.reverse};
-    Varying<N> varying_B{}, varying_C{};
-    if (p.B_varies) varying_B.steps = ReadProjection<N>(s, o.B, t0, walk.steps, B_scratch);
-    if (p.C_varies) varying_C.steps = ReadProjection<N>(s, o.C, t0, walk.steps, C_scratch);
+    projections.Read(t0, walk.steps);
     for (int64_t t = 0; t < walk.steps; ++t) restarts[t] = s.Restarts(t0 + t);
-    each_block([&](int64_t b, int64_t channel, int64_t channels) {
+    s.EachBlock<kWidth>([&](int64_t b, int64_t channel, int64_t channels) {
       if (p.states && !from_start)
         StoreNumbers(state + b * dstate, dstate, channels, p.states, s.Saved(channel, chunk));
       LoadInputs<T>(s, D[b], bias[b], channel, channels, t0, walk.steps, in);
       const Place at = s.Sequence(channel, t0);
       const Prefetch next =
           NextBlock<T>(s, b, t0, p.reverse ? -p.chunk : p.chunk, {o.u, o.delta, o.z, p.out});
-      WithProjections<N>(p, varying_B, {fixed_B + b * dstate}, varying_C, {fixed_C + b * dstate},
-                         [&](auto B, auto C) { run_block(walk, b, next, B, C); });
+      projections.With(b, [&](auto B, auto C) { run_block(walk, b, next, B, C); });
       const V *y = in.y, *gate = in.gate;
       const WritableRows<T> out = WriteTile<T>(p.out, at, channels, in.y);
       for (int64_t t = 0; t < walk.steps; ++t) {
@@ -897,7 +922,7 @@ void ForwardTask(const Forward& p, const Tasks& tasks, int64_t task) {
 
   const int64_t chunks = p.num_chunks();
   for (s.batch = s.first_row; s.batch < s.last_row; ++s.batch) {
-    each_block([&](int64_t b, int64_t channel, int64_t channels) {
+    s.EachBlock<kWidth>([&](int64_t b, int64_t channel, int64_t channels) {
       if (o.initial_state)
         LoadNumbers(o.initial_state, s.State(channel), dstate, channels, state + b * dstate);
       else
@@ -906,7 +931,7 @@ void ForwardTask(const Forward& p, const Tasks& tasks, int64_t task) {
     for (int64_t i = 0; i < chunks; ++i)
       run_chunk(p.reverse ? chunks - 1 - i : i, i == 0 || p.restart_every);
     if (!p.last_state) continue;
-    each_block([&](int64_t b, int64_t channel, int64_t channels) {
+    s.EachBlock<kWidth>([&](int64_t b, int64_t channel, int64_t channels) {
       StoreNumbers(state + b * dstate, dstate, channels, p.last_state, s.State(channel));
     });
   }
@@ -927,18 +952,15 @@ void BackwardTask(const Backward& p, const Tasks& tasks, const Workspace& worksp
   constexpr int kMost = kGroup<N>;
   Slice s(p, tasks, task);
   const Operands& o = p.operands;
-  const int64_t blocks = (s.dim + kWidth - 1) / kWidth, dstate = p.dstate;
+  const int64_t blocks = s.Blocks<kWidth>(), dstate = p.dstate;
   const int64_t channel_states = blocks * dstate;
 
   Scratch scratch;
   N* adjoint = scratch.Take<N>(channel_states);  // decay times adjoint of the step processed last
   N* A = scratch.Take<N>(channel_states);
   N* dA = scratch.Take<N>(channel_states);
-  N* fixed_B = scratch.Take<N>(p.B_varies ? 0 : channel_states);
-  N* fixed_C = scratch.Take<N>(p.C_varies ? 0 : channel_states);
+  Projections<N> projections(s, p.chunk, scratch);
   N* entry = scratch.Take<N>(dstate);
-  T* B_scratch = scratch.Take<T>(p.B_varies ? p.chunk * dstate * N::kParts : 0);
-  T* C_scratch = scratch.Take<T>(p.C_varies ? p.chunk * dstate * N::kParts : 0);
   // Sums over time for a fixed B or C, over the blocks of a chunk for a varying one.
   const int64_t dB_count = p.B_varies ? p.chunk * dstate : channel_states;
   const int64_t dC_count = p.C_varies ? p.chunk * dstate : channel_states;
@@ -965,14 +987,8 @@ void BackwardTask(const Backward& p, const Tasks& tasks, const Workspace& worksp
   std::fill_n(dD, blocks, V{});
   std::fill_n(d_bias, blocks, V{});
 
-  auto each_block = [&](auto body) {
-    for (int64_t b = 0; b < blocks; ++b)
-      body(b, s.begin + b * kWidth, std::min<int64_t>(kWidth, s.dim - b * kWidth));
-  };
-  each_block([&](int64_t b, int64_t channel, int64_t channels) {
+  s.EachBlock<kWidth>([&](int64_t b, int64_t channel, int64_t channels) {
     LoadNumbers(o.A, s.Weight(channel), dstate, channels, A + b * dstate);
-    if (!p.B_varies) LoadNumbers(o.B, s.Weight(channel), dstate, channels, fixed_B + b * dstate);
-    if (!p.C_varies) LoadNumbers(o.C, s.Weight(channel), dstate, channels, fixed_C + b * dstate);
     D[b] = bias[b] = V{};
     if (o.D) LoadTile<T>(o.D, s.Vector(channel), 1, channels, D + b);
     if (o.delta_bias) LoadTile<T>(o.delta_bias, s.Vector(channel), 1, channels, bias + b);
@@ -1076,13 +1092,11 @@ void BackwardTask(const Backward& p, const Tasks& tasks, const Workspace& worksp
   auto run_chunk = [&](int64_t chunk, bool from_start) {
     const int64_t t0 = chunk * p.chunk;
     const Walk walk{std::min(p.chunk, p.length - t0), p.reverse};
-    Varying<N> varying_B{}, varying_C{};
-    if (p.B_varies) varying_B.steps = ReadProjection<N>(s, o.B, t0, walk.steps, B_scratch);
-    if (p.C_varies) varying_C.steps = ReadProjection<N>(s, o.C, t0, walk.steps, C_scratch);
+    projections.Read(t0, walk.steps);
     if (p.B_varies) std::fill_n(dB, walk.steps * dstate, N{});
     if (p.C_varies) std::fill_n(dC, walk.steps * dstate, N{});
     for (int64_t t = 0; t < walk.steps; ++t) restarts[t] = s.Restarts(t0 + t);
-    each_block([&](int64_t b, int64_t channel, int64_t channels) {
+    s.EachBlock<kWidth>([&](int64_t b, int64_t channel, int64_t channels) {
       const Place at = s.Sequence(channel, t0);
       if (!from_start)
         LoadNumbers(p.states, s.Saved(channel, chunk), dstate, channels, entry);
@@ -1111,8 +1125,7 @@ void BackwardTask(const Backward& p, const Tasks& tasks, const Workspace& worksp
         for (int64_t t = 0; t < walk.steps; ++t) dy[t] = T(2) * dy[t];
       std::fill_n(d_delta, walk.steps, V{});
       std::fill_n(d_source, walk.steps, V{});
-      WithProjections<N>(p, varying_B, {fixed_B + b * dstate}, varying_C, {fixed_C + b * dstate},
-                         [&](auto B, auto C) { run_block(walk, b, next, B, C); });
+      projections.With(b, [&](auto B, auto C) { run_block(walk, b, next, B, C); });
 
       V D_sum = dD[b], bias_sum = d_bias[b];
       const WritableRows<T> to_u = WriteTile<T>(p.cotangents.u, at, channels, d_u);
@@ -1142,7 +1155,7 @@ void BackwardTask(const Backward& p, const Tasks& tasks, const Workspace& worksp
 
   const int64_t chunks = p.num_chunks();
   for (s.batch = s.first_row; s.batch < s.last_row; ++s.batch) {
-    each_block([&](int64_t b, int64_t channel, int64_t channels) {
+    s.EachBlock<kWidth>([&](int64_t b, int64_t channel, int64_t channels) {
       if (p.last_state_cotangent)
         LoadNumbers(p.last_state_cotangent, s.State(channel), dstate, channels,
                     adjoint + b * dstate);
@@ -1152,14 +1165,14 @@ void BackwardTask(const Backward& p, const Tasks& tasks, const Workspace& worksp
     for (int64_t i = chunks - 1; i >= 0; --i)
       run_chunk(p.reverse ? chunks - 1 - i : i, i == 0 || p.restart_every);
     if (!o.initial_state) continue;
-    each_block([&](int64_t b, int64_t channel, int64_t channels) {
+    s.EachBlock<kWidth>([&](int64_t b, int64_t channel, int64_t channels) {
       StoreNumbers(adjoint + b * dstate, dstate, channels, p.cotangents.initial_state,
                    s.State(channel));
     });
   }
 
   const DataType real = ffi::ToReal(p.state);
-  each_block([&](int64_t b, int64_t channel, int64_t channels) {
+  s.EachBlock<kWidth>([&](int64_t b, int64_t channel, int64_t channels) {
     const Place weight{(s.part * p.dim + channel) * dstate, 1, dstate};
     const Place per_channel{s.part * p.dim + channel, 0, 1};
     auto store = [&](const N* from, char* to) {

@@ -11,12 +11,11 @@ namespace {
 constexpr int64_t kMultiprocessors = 132;
 // Shorter spans spend their time on entering and leaving.
 constexpr int kShortestSpan = 8;
-// The passes before and between spans, in microseconds: per state and step, the same where it may
-// stop early (whether it does depends on flags that a plan does not know, and on the data), and for
-// their launches.
+// The pass before spans, in microseconds: per state and step, the same where it may stop early
+// (whether it does depends on flags that a plan does not know, and on the data), and for its
+// launch.
 constexpr double kPassTime = 0.34e-6, kEarlyPassTime = 0.4 * kPassTime, kPassLaunch = 5.0;
-// That pass needs so many blocks to a multiprocessor, each of 32 channels and not too short a
-// piece.
+// So many of its blocks, of 32 channels and pieces that are not too short, fill a multiprocessor.
 constexpr int64_t kPassBlocks = 4, kPassChannels = 32;
 constexpr int kShortestPiece = 8;
 
