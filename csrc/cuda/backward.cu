@@ -58,16 +58,16 @@ struct BackwardShared {
   static constexpr bool kPlain = kElements != Elements::kMixed;
   // Those who stage come after those who walk, or are the same.
   static constexpr int kStaging = kStagers ? kStagers : kWalkers, kFirst = kStagers ? kWalkers : 0;
-  // Warps are dealt to the four schedulers in turn. Where ten walk, the four that stage are to be
-  // where two walk and not three, for which two more stand in their places and have nothing to do.
-  static constexpr int kIdle = kWalkers == 10 * kWarp && kStagers ? 2 * kWarp : 0;
+  // Warps are dealt to the four schedulers in turn. Where ten walk, two of the five that stage are
+  // to be on either scheduler where two walk and not three, for which one more stands in a place.
+  static constexpr int kIdle = kWalkers == 10 * kWarp && kStagers ? kWarp : 0;
   static constexpr int kThreads = kWalkers + kStagers + kIdle;
   using Sequences = Tile<kStaging, kChannels, 2, kElements, kLayout>;
   using Projections = Tile<kStaging, kGroup * kParts, 4, kElements, kLayout>;
   static constexpr int kStep = Sequences::kRow, kRow = Projections::kRow / kParts;
   static constexpr int kRows = kPlain || kTile > kChannels ? kTile : kChannels;
-  // 8 more, so that lanes that store different sums use different banks.
-  static constexpr int kSums = Sequences::kCells + 8;
+  // More, so that lanes that store different sums, of a warp's channels, use different banks.
+  static constexpr int kSums = kTile * kStep + kWarp / kLanes * kPerLane;
   // One copy for each order in which lanes hold their states: state n is at n ^ i in copy i. A
   // fixed B or C has one copy.
   static constexpr int kCopies = kPlain ? kStates : 1;
@@ -87,9 +87,13 @@ struct BackwardShared {
   // One is walked, the other staged.
   Staged sequences[2];
   StagedProjections projections[2];
-  // The states on entering either tile, saved by the forward pass. 4 more channels, so that a
-  // warp's are on different banks, or on the same two at most.
-  alignas(16) Number entering[2][kGroup][kChannels + 4];
+  // The states on entering either tile, saved by the forward pass. Rows, of channels, have some
+  // more, and every eighth is moved on, so that a warp's are on different banks.
+  static constexpr int kRowEntering = kChannels + (kStates == 4 ? 0 : 4);
+  __device__ static int Entering(int state, int channel) {
+    return state * kRowEntering + state / 8 * (4 * kStates) + channel;
+  }
+  alignas(16) Number entering[2][kGroup * kRowEntering + kGroup / 8 * (4 * kStates)];
   // Where a lane's states of all steps exceed the registers, it takes a tile in halves, by the same
   // code, and those of the first wait here while it takes the second.
   static constexpr bool kCrowded = kStagers && kStates * kPerLane > 4;
@@ -176,9 +180,9 @@ __global__ void __launch_bounds__(BackwardShared<Number, kStates, kLanes, kPerLa
   const Operands& o = p.operands;
   const Block block(p, plan);
   constexpr int kPairs = Sequences::kCount, kProjectionPairs = Projections::kCount;
-  // Idle ones come last.
+  // The idle warp counts as the last.
   int thread = static_cast<int>(threadIdx.x);
-  if (Shared::kIdle && thread >= kWalkers + 2 * kWarp) thread ^= 2 * kWarp;
+  if (Shared::kIdle && thread >= kWalkers + 2 * kWarp && thread / kWarp % 2) thread ^= 2 * kWarp;
   const int stager = thread - Shared::kFirst;  // of those who stage
   const Sequences sequences(SequenceLines(p, block), p.reverse, stager);
   const Projections projections(ProjectionLines<kParts>(p, block), p.reverse, stager);
@@ -226,39 +230,36 @@ __global__ void __launch_bounds__(BackwardShared<Number, kStates, kLanes, kPerLa
   };
   // The states on entering a tile, by stagers and as copies: loads of walkers into registers share
   // one of six scoreboards with other loads, so that these waited for global memory, too.
-  const int64_t states_stride = (p.reverse ? -p.dstate : p.dstate) * p.dim;  // of a tile
-  const Number* states = static_cast<const Number*>(p.states.data) +
-                         TransposedIndex(p, block,
-                                         block.row * (plan.tiles - 1) +
-                                             (p.reverse ? plan.tiles - last_tile : last_tile - 2),
-                                         0, 0);
-  // 16 bytes at a time, where that is how channels are aligned.
   constexpr int kWide = 16 / sizeof(Number);
-  const bool wide =
-      p.dim % kWide == 0 && block.first_channel % kWide == 0 && block.channels % kWide == 0;
+  // Whether channels are aligned to so many numbers, which are then copied at once.
+  const bool wide = kStagers && p.dim % kWide == 0 && block.first_channel % kWide == 0 &&
+                    block.channels % kWide == 0;
   auto load_states = [&](int tile, int group, int turn) {
-    const Number* const initial = static_cast<const Number*>(o.initial_state.data);
-    const bool is_first = tile == 0, exists = tile > 0 || (is_first && initial);
-    const int states_there = exists ? static_cast<int>(p.dstate) - group * kGroup : 0;
-    auto copy = [&](auto numbers, const Number* from, int64_t of_state, int64_t of_channel) {
+    const bool first = tile == 0;
+    const Array& array = first ? o.initial_state : p.states;
+    const int64_t slot =
+        block.row * (plan.tiles - 1) + (p.reverse ? plan.tiles - 1 - tile : tile - 1);
+    const int64_t at = first ? StateIndex(p, block, 0, group * kGroup)
+                             : TransposedIndex(p, block, slot, 0, group * kGroup);
+    const int64_t of_state = first ? 1 : p.dim, of_channel = first ? p.dstate : 1;
+    const int states_there =
+        tile >= 0 && array.data ? static_cast<int>(p.dstate) - group * kGroup : 0;
+    auto copy = [&](auto numbers) {
       constexpr int kNumbers = decltype(numbers)::value, kOfRow = kChannels / kNumbers;
       static_assert(kChannels % kNumbers == 0);
 #pragma unroll 1
       for (int i = stager; i < kGroup * kOfRow; i += Shared::kStaging) {
         const int n = i / kOfRow, channel = i % kOfRow * kNumbers;
-        CopyAsync<kNumbers * sizeof(Number)>(&shared.entering[turn][n][channel],
-                                             from + n * of_state + channel * of_channel,
-                                             n < states_there && channel < block.channels);
+        CopyAsync<kNumbers * sizeof(Number)>(
+            &shared.entering[turn][Shared::Entering(n, channel)],
+            static_cast<const Number*>(array.data) + at + n * of_state + channel * of_channel,
+            n < states_there && channel < block.channels);
       }
     };
-    const std::integral_constant<int, 1> one;
-    if (is_first && initial)
-      copy(one, initial + StateIndex(p, block, 0, group * kGroup), 1, p.dstate);
-    else if (wide)
-      copy(std::integral_constant<int, kWide>(), states + group * kGroup * p.dim, p.dim, 1);
+    if (wide && !first)
+      copy(std::integral_constant<int, kWide>());
     else
-      copy(one, states + group * kGroup * p.dim, p.dim, 1);
-    if (group + 1 == groups) states -= states_stride;
+      copy(std::integral_constant<int, 1>());
   };
   // No branches in what follows: they would keep steps and staging apart.
   struct Pair {
@@ -659,7 +660,8 @@ __global__ void __launch_bounds__(BackwardShared<Number, kStates, kLanes, kPerLa
       constexpr int kSteps = Shared::kSteps;
       Number history[kSteps + 1][kStates][kPerLane];
       auto entering = [&](int i, int j) {
-        return shared.entering[turn][lane * kStates + (i ^ state_swap)][channel_of(j)];
+        return shared.entering[turn][Shared::Entering(lane * kStates, channel_of(j)) +
+                                     (i ^ state_swap) * Shared::kRowEntering];
       };
       // Of step t of a half, in the first of which they wait in shared memory.
       constexpr int kQuarters = kStates * kPerLane / 4;
@@ -1017,7 +1019,7 @@ Error LaunchRegular(const Backward& p, const Plan& plan, const BackwardWorkspace
   const auto launch =
       plan.state_groups > 1 ? Launch<float, 2, 8, 2, 384, 128, true, kElements, kLayout>
       : plan.walkers == 384 ? Launch<float, 2, 8, 2, 384, 128, false, kElements, kLayout>
-      : plan.walkers == 320 ? Launch<float, 2, 8, 2, 320, 128, false, kElements, kLayout>
+      : plan.walkers == 320 ? Launch<float, 2, 8, 2, 320, 160, false, kElements, kLayout>
       : plan.walkers == 256 ? Launch<float, 4, 4, 2, 256, 128, false, kElements, kLayout>
                             : Launch<float, 4, 4, 2, 128, 0, false, kElements, kLayout>;
   return launch(p, plan, workspace, stream);
@@ -1036,7 +1038,7 @@ Error LaunchMixed(const Backward& p, const Plan& plan, const BackwardWorkspace& 
   constexpr Elements kMixed = Elements::kMixed;
   const auto launch = plan.state_groups > 1
                           ? Launch<Number, kStates, kLanes, 1, 384, 96, true, kMixed, Layout::kAny>
-                          : Launch<Number, kStates, kLanes, 1, 416, 0, false, kMixed, Layout::kAny>;
+                          : Launch<Number, kStates, kLanes, 1, 384, 0, false, kMixed, Layout::kAny>;
   return launch(p, plan, workspace, stream);
 }
 

@@ -41,9 +41,11 @@ struct ForwardShared {
   static constexpr int kPad = kLayout == Layout::kChannelLast ? (kChannels % 32 ? 16 : 8)
                               : kPlain && kPerLane == 1       ? 1
                                                               : 2;
-  using Sequences = Tile<kStagers, kChannels, kPad, kElements, kLayout>;
-  using Projections = Tile<kStagers, kGroup * NumberTraits<Number>::kParts, 4, kElements, kLayout>;
+  using Sequences = Tile<kStagers, kChannels, kPad, kElements, kLayout, true>;
+  using Projections =
+      Tile<kStagers, kGroup * NumberTraits<Number>::kParts, 4, kElements, kLayout, true>;
   static constexpr int kStep = Sequences::kRow;
+  static_assert(Sequences::template Skew<float>() == 0);
   // Numbers of a row of B or C; rows are steps, or channels for a fixed one.
   static constexpr int kRow = Projections::kRow / NumberTraits<Number>::kParts;
   static constexpr int kRows = kPlain || kTile > kChannels ? kTile : kChannels;
@@ -61,12 +63,18 @@ struct ForwardShared {
   // One is walked, the other staged.
   Staged sequences[2];
   StagedProjections projections[2];
-  // What comes next, as it lies in memory.
-  typename Sequences::Slot u[Sequences::kCount * kStagers];
-  typename Sequences::Slot delta[Sequences::kCount * kStagers];
-  typename Sequences::Slot z[Sequences::kCount * kStagers];
-  typename Projections::Slot B[Projections::kCount * kStagers];
-  typename Projections::Slot C[Projections::kCount * kStagers];
+  // What comes next, as it lies in memory: one tile, or two of float32, which takes longer to come.
+  // (Two channels to a lane would take it from the L1 cache, where they have more use for it.)
+  static constexpr bool kTakesLong = kElements == Elements::kFloat;
+  static constexpr int kAhead = kTakesLong && kGroup <= 16 && kPerLane == 1 ? 2 : 1;
+  struct Next {
+    typename Sequences::Slot u[Sequences::kCount * kStagers];
+    typename Sequences::Slot delta[Sequences::kCount * kStagers];
+    typename Sequences::Slot z[Sequences::kCount * kStagers];
+    typename Projections::Slot B[Projections::kCount * kStagers];
+    typename Projections::Slot C[Projections::kCount * kStagers];
+  };
+  Next next[kAhead];
   Vectors<kChannels> vectors;
 };
 
@@ -122,9 +130,10 @@ __global__ void __launch_bounds__(2 * kWalkers, kThreadsTogether / (2 * kWalkers
     struct {
       int tile, group;
     } sent{first_tile, -1};
-    // Of that tile, and of those that were staged last and, before, walked. The general kernel
-    // lacks the registers to keep them.
-    Rows sent_rows = rows_of(first_tile), staged_rows = sent_rows, walked_rows = sent_rows;
+    // Of that tile, of the one that is staged next, and of those that were staged last and, before,
+    // walked. The general kernel lacks the registers to keep them.
+    Rows sent_rows = rows_of(first_tile), next_rows = sent_rows;
+    Rows staged_rows = sent_rows, walked_rows = sent_rows;
     auto rows_or = [&](const Rows& kept, int tile) { return kPlain ? kept : rows_of(tile); };
     int64_t sent_sequences = sequences.At(sent_rows), finished = sent_sequences;
     int64_t sent_projections = projections.At(sent_rows);
@@ -135,16 +144,17 @@ __global__ void __launch_bounds__(2 * kWalkers, kThreadsTogether / (2 * kWalkers
         sent_rows = rows_of(sent.tile);
       }
       const Rows rows = rows_or(sent_rows, sent.tile);
+      auto& to = shared.next[(sent.tile - first_tile) % Shared::kAhead];
       if (sent.group == 0) {
-        sequences.Prefetch(o.u, sent_sequences, rows, shared.u);
-        sequences.Prefetch(o.delta, sent_sequences, rows, shared.delta);
-        sequences.Prefetch(o.z, sent_sequences, rows, shared.z, 0, has_z);
+        sequences.Prefetch(o.u, sent_sequences, rows, to.u);
+        sequences.Prefetch(o.delta, sent_sequences, rows, to.delta);
+        sequences.Prefetch(o.z, sent_sequences, rows, to.z, 0, has_z);
         sent_sequences += sequences.Stride();
       }
       const int line = sent.group * kGroup * kParts;
       const int64_t at = groups > 1 ? projections.At(rows, line) : sent_projections;
-      projections.Prefetch(o.B, at, rows, shared.B, line, B_varies);
-      projections.Prefetch(o.C, at, rows, shared.C, line, C_varies);
+      projections.Prefetch(o.B, at, rows, to.B, line, B_varies);
+      projections.Prefetch(o.C, at, rows, to.C, line, C_varies);
       SendCopies();
       sent_projections += projections.Stride();
     };
@@ -172,18 +182,20 @@ __global__ void __launch_bounds__(2 * kWalkers, kThreadsTogether / (2 * kWalkers
     // What was sent for is in registers before the next is sent for, into the same slots: then that
     // has a whole tile's time to come.
     auto stage = [&] {
-      const Rows rows = rows_or(sent_rows, sent.tile);
-      const int tile = sent.tile - first_tile, group = sent.group;
+      const int tile = sent.tile - (Shared::kAhead - 1) - first_tile, group = sent.group;
+      const Rows rows = Shared::kAhead > 1 ? next_rows : rows_or(sent_rows, sent.tile);
+      auto& from = shared.next[tile % Shared::kAhead];
       typename Sequences::Raw u, delta, z;
-      WaitForCopies();
+      WaitForCopies<Shared::kAhead - 1>();
       if (group == 0) {
-        u = sequences.TakeAll(shared.u);
-        delta = sequences.TakeAll(shared.delta);
-        z = sequences.TakeAll(shared.z);
+        u = sequences.TakeAll(from.u);
+        delta = sequences.TakeAll(from.delta);
+        z = sequences.TakeAll(from.z);
       }
       typename Projections::Raw B, C;
-      if (B_varies) B = projections.TakeAll(shared.B);
-      if (C_varies) C = projections.TakeAll(shared.C);
+      if (B_varies) B = projections.TakeAll(from.B);
+      if (C_varies) C = projections.TakeAll(from.C);
+      next_rows = sent_rows;
       send();
       if (group == 0) {
         walked_rows = staged_rows;
@@ -228,7 +240,8 @@ __global__ void __launch_bounds__(2 * kWalkers, kThreadsTogether / (2 * kWalkers
       finished += sequences.Stride();
     };
 
-    send();
+#pragma unroll
+    for (int i = 0; i < Shared::kAhead; ++i) send();
     stage();
     for (int tile = first_tile; tile < last_tile; ++tile) {
       for (int group = 0; group < groups; ++group) {
@@ -312,6 +325,7 @@ __global__ void __launch_bounds__(2 * kWalkers, kThreadsTogether / (2 * kWalkers
       Meet<kThreads>();
       const uint32_t restarts = !kPlain && p.has_segments ? staged.restarts : 0;
 
+      auto row_start = [](int i) { return Projections::template RowStart<float>(i) / kParts; };
       auto load = [&](const Number* from, bool varies, int row, Number(&to)[kPerLane][kStates]) {
 #pragma unroll
         for (int j = 0; j < kPerLane; ++j) {
@@ -319,20 +333,22 @@ __global__ void __launch_bounds__(2 * kWalkers, kThreadsTogether / (2 * kWalkers
 #pragma unroll
             for (int n = 0; n < kStates; ++n) to[j][n] = to[0][n];
           } else {
-            LoadStates(from + lane * kStates + (varies ? row : channel + j) * kRow, to[j]);
+            const int start = kPlain ? row_start(row) : (varies ? row : channel + j) * kRow;
+            LoadStates(from + lane * kStates + start, to[j]);
           }
         }
       };
+      auto step_start = [](int i) { return Sequences::template RowStart<float2>(i); };
       struct Step {
         float2 step[kPerLane];
         Number b[kPerLane][kStates], c[kPerLane][kStates];
       };
       auto load_step = [&](int i, Step& to) {
         if constexpr (kPerLane == 2) {
-          const float4 x = *reinterpret_cast<const float4*>(staged.steps + i * kStep + channel);
+          const float4 x = *reinterpret_cast<const float4*>(staged.steps + step_start(i) + channel);
           to.step[0] = {x.x, x.y}, to.step[1] = {x.z, x.w};
         } else {
-          to.step[0] = staged.steps[i * kStep + channel];
+          to.step[0] = staged.steps[step_start(i) + channel];
         }
         load(staged_projections.B, B_varies, i, to.b);
         load(staged_projections.C, C_varies, i, to.c);

@@ -40,8 +40,9 @@ template <typename Number, Elements kElements, Layout kLayout>
 struct SpanShared : SpanShape<Number> {
   using SpanShape<Number>::kChannels, SpanShape<Number>::kGroup;
   static constexpr bool kPlain = kElements != Elements::kMixed;
-  using Sequences = Tile<kStagers, kChannels, 2, kElements, kLayout>;
-  using Projections = Tile<kStagers, kGroup * NumberTraits<Number>::kParts, 4, kElements, kLayout>;
+  using Sequences = Tile<kStagers, kChannels, 2, kElements, kLayout, true>;
+  using Projections =
+      Tile<kStagers, kGroup * NumberTraits<Number>::kParts, 4, kElements, kLayout, true>;
   static constexpr int kRow = Projections::kRow / NumberTraits<Number>::kParts;
   static constexpr int kRows = kPlain || kTile > kChannels ? kTile : kChannels;
   // One is walked, the other staged.
@@ -254,12 +255,14 @@ __global__ void __launch_bounds__(kThreads)
       }
       if (!kPlain && p.has_segments) restarts = shared.restarts[tile & 1];
       const Number* at_B = shared.B[turn] + lane * kStates + (varies ? 0 : channel * kRow);
-      const int step_B = varies ? kRow : 0;
+      auto start_B = [&](int i) {
+        return varies ? Projections::template RowStart<float>(i) / kParts : 0;
+      };
 #pragma unroll
       for (int i = 0; i < kTile; ++i) {
-        const float2 step = steps[i * Sequences::kRow + channel];
+        const float2 step = steps[Sequences::template RowStart<float2>(i) + channel];
         Number b[kStates];
-        LoadStates(at_B + i * step_B, b);
+        LoadStates(at_B + start_B(i), b);
         if (!group) tile_sum += step.x;
         [[maybe_unused]] const bool restart = restarts & 1u << i;
 #pragma unroll

@@ -131,7 +131,8 @@ __device__ inline Lines ProjectionLines(const Problem& p, const Block& block) {
 // kPad: cells to a row of shared memory beyond its lines, against bank conflicts. Pairs stay
 // aligned. kElements: where it is one dtype, pairs exist or lack as one and are aligned; where it
 // is kMixed, arrays have a dtype each and elements move one by one.
-template <int kThreads, int kLines, int kPad, Elements kElements, Layout kLayout>
+template <int kThreads, int kLines, int kPad, Elements kElements, Layout kLayout,
+          bool kSkewed = false>
 class Tile {
  public:
   static constexpr bool kRegular = kElements != Elements::kMixed;
@@ -141,7 +142,19 @@ class Tile {
   static_assert(!kRegular || kLines <= kMostPlainLines);
   using Offset = std::conditional_t<kRegular, uint32_t, int64_t>;
   static constexpr int kRow = kLines + kPad;
-  static constexpr int kCells = kTile * kRow;
+  // Where pairs are steps, half a warp, or a whole one where cells are floats, puts down every
+  // second row of a few lines. For these to lie on different banks, the second half of the rows is
+  // moved on by so many cells.
+  template <typename Cell>
+  __host__ __device__ static constexpr int Skew() {
+    if (kLayout != Layout::kTimeLast || !kSkewed) return 0;
+    return sizeof(Cell) == 8 ? (kRow % 2 ? 0 : 2) : (kRow % 8 == 4 ? 4 : 0);
+  }
+  template <typename Cell>
+  __host__ __device__ static constexpr int RowStart(int row) {
+    return row * kRow + (row < kTile / 2 ? 0 : Skew<Cell>());
+  }
+  static constexpr int kCells = kTile * kRow + Skew<float2>();
   static constexpr int kPairs = kTile * kLines / 2;
   static constexpr int kCount = (kPairs + kThreads - 1) / kThreads;  // of a thread
   // Where channels are last: threads side by side along a row, and how often that makes the row.
@@ -195,16 +208,20 @@ class Tile {
     }
     start_ += offset_ * step_ + line_ * stride_;
     next_element_ = static_cast<Offset>(OffsetTo(kAcross) * step_ + LineTo(kAcross) * stride_);
-    cell_ = (reversed ? kTile - 1 - offset_ : offset_) * kRow + line_;
+    const int row = reversed ? kTile - 1 - offset_ : offset_;
+    cell_ = RowStart<float>(row) + line_;
     row_ = reversed ? -kRow : kRow;
   }
 
   // Of pair k of the calling thread, among all.
   __device__ int Index(Place k) const { return k.Number() * kThreads + thread_; }
   __device__ bool Mine(Place k) const { return kPairs % kThreads == 0 || Index(k) < kPairs; }
-  // In shared memory, of element e (0 or 1) of pair k.
-  __device__ int Cell(Place k, int e) const {
-    return cell_ + OffsetTo(k) * row_ + LineTo(k) + (!e ? 0 : PairsAreSteps() ? row_ : 1);
+  // In shared memory, of element e (0 or 1) of pair k. A thread's pairs that are steps are all of
+  // the same rows, and of one half of a tile.
+  __device__ int Cell(Place k, int e) const { return CellFrom(cell_, k, e); }
+  __device__ int WideCell(Place k, int e) const {
+    const bool second_half = Skew<float2>() && (offset_ >= kTile / 2) != reversed_;
+    return CellFrom(cell_ + (second_half ? Skew<float2>() : 0), k, e);
   }
   __device__ int LineOf(Place k, int e) const {
     return line_ + LineTo(k) + (PairsAreSteps() ? 0 : e);
@@ -307,10 +324,10 @@ class Tile {
   __device__ void Put(float2* cells, Place k, float2 x, float2 y) const {
     if (!Mine(k)) return;
     if (PairsAreSteps()) {
-      cells[Cell(k, 0)] = x;
-      cells[Cell(k, 1)] = y;
+      cells[WideCell(k, 0)] = x;
+      cells[WideCell(k, 1)] = y;
     } else {
-      *reinterpret_cast<float4*>(cells + Cell(k, 0)) = {x.x, x.y, y.x, y.y};
+      *reinterpret_cast<float4*>(cells + WideCell(k, 0)) = {x.x, x.y, y.x, y.y};
     }
   }
   // What there is one of for each line, for both elements of pair k.
@@ -325,6 +342,9 @@ class Tile {
   }
 
  private:
+  __device__ int CellFrom(int first, Place k, int e) const {
+    return first + OffsetTo(k) * row_ + LineTo(k) + (!e ? 0 : PairsAreSteps() ? row_ : 1);
+  }
   __device__ bool PairsAreSteps() const {
     return kLayout == Layout::kAny ? pairs_are_steps_ : kLayout == Layout::kTimeLast;
   }

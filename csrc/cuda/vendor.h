@@ -90,7 +90,8 @@ __device__ inline bool MeetAny(bool x) {
 }
 
 // Copies kBytes (4, 8 or 16), or as many zeros, to shared memory without a register; there once
-// the same thread has called SendCopies and, as late as it can, WaitForCopies.
+// the same thread has called SendCopies and, as late as it can, WaitForCopies, which does not wait
+// for the last kSentLater that were sent.
 template <int kBytes>
 __device__ inline void CopyAsync(void* to, const void* from, bool exists) {
   const uint32_t shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
@@ -99,7 +100,10 @@ __device__ inline void CopyAsync(void* to, const void* from, bool exists) {
                : "memory");
 }
 __device__ inline void SendCopies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-__device__ inline void WaitForCopies() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
+template <int kSentLater = 0>
+__device__ inline void WaitForCopies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kSentLater) : "memory");
+}
 
 // Shared memory that a block of the current device can have at most.
 inline int64_t SharedBytesOfBlock() {
