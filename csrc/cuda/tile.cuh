@@ -130,7 +130,7 @@ __device__ inline Lines ProjectionLines(const Problem& p, const Block& block) {
 
 // kPad: cells to a row of shared memory beyond its lines, against bank conflicts. Pairs stay
 // aligned. kElements: where it is one dtype, pairs exist or lack as one and are aligned; where it
-// is kMixed, arrays have a dtype each and elements move one by one.
+// is kMixed, arrays have a dtype each and elements move one by one. kSkewed: rows as Skew says.
 template <int kThreads, int kLines, int kPad, Elements kElements, Layout kLayout,
           bool kSkewed = false>
 class Tile {
