@@ -1038,7 +1038,7 @@ Error LaunchMixed(const Backward& p, const Plan& plan, const BackwardWorkspace& 
   constexpr Elements kMixed = Elements::kMixed;
   const auto launch = plan.state_groups > 1
                           ? Launch<Number, kStates, kLanes, 1, 384, 96, true, kMixed, Layout::kAny>
-                          : Launch<Number, kStates, kLanes, 1, 384, 0, false, kMixed, Layout::kAny>;
+                          : Launch<Number, kStates, kLanes, 1, 416, 0, false, kMixed, Layout::kAny>;
   return launch(p, plan, workspace, stream);
 }
 

@@ -108,7 +108,7 @@ Plan Plan::Backward(const Problem& p, Elements elements, bool little_shared) {
   // 16 states or fewer are one group.
   if (elements == Elements::kMixed) {
     const Shape shape = IsComplex(p) ? Shape{1, 16, 1} : Shape{2, 8, 1};
-    if (p.dstate <= shape.group()) return Cut(p, {{shape, 384, 1, 9.0, 0.0}});
+    if (p.dstate <= shape.group()) return Cut(p, {{shape, 416, 1, 9.0, 0.0}});
     return Cut(p, {{shape, 384, 1, 12.0, 0.0}});
   }
   if (p.dstate > 16) return Cut(p, {{{2, 8, 2}, 384, 1, 4.2, 0.0}});
