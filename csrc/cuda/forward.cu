@@ -13,8 +13,8 @@
 // scheduler are twice as many as there are channels for, and one kind's waits are the other's time.
 //
 // Shared memory, twice, for the tile that is walked and for the one that is staged: delta and
-// delta * u (softplus and bias done), B and C, y, and what makes out of y. Once: what is on its way
-// from global memory.
+// delta * u (softplus and bias done), B and C, y, and what makes out of y. Once, or twice for
+// float32: what is on its way from global memory.
 //
 // Cost per (b, d, t, n): one exp2, two multiplies, two FMAs, and (with 4 states) 2.5 registers from
 // shared memory, 1.5 with two channels to a lane, at two such registers of a warp per cycle and
@@ -333,7 +333,7 @@ __global__ void __launch_bounds__(2 * kWalkers, kThreadsTogether / (2 * kWalkers
 #pragma unroll
             for (int n = 0; n < kStates; ++n) to[j][n] = to[0][n];
           } else {
-            const int start = kPlain ? row_start(row) : (varies ? row : channel + j) * kRow;
+            const int start = varies ? row_start(row) : (channel + j) * kRow;
             LoadStates(from + lane * kStates + start, to[j]);
           }
         }
