@@ -2,10 +2,11 @@
 //
 //     nvcc -std=c++17 -arch=native -O3 -lineinfo -Icsrc -I$(jaxlib)/include -o kernels \
 //         benchmarks/kernels.cu csrc/cuda/*.cu csrc/cuda/plan.cc
-//     ./kernels [batch dim length dstate [bf16|f32 [bld|bdl]]]
+//     ./kernels [batch dim length dstate [bf16|f32|mixed [bld|bdl [segments]]]]
 //     ncu --set full --import-source yes -k regex:BackwardKernel -s 2 -c 1 ./kernels 8 1536 2048 16
 //
-// Random data with softplus, D, bias and gate; microseconds of a launch, the median of 7 CUDA
+// Random data with softplus, D, bias and gate; "mixed" is bf16 with delta, B and C in f32, and
+// segments are of 100 steps; microseconds of a launch, the median of 7 CUDA
 // graphs of 10 launches. Without arguments, the shapes of docs/performance.md.
 #include <algorithm>
 #include <cstdio>
@@ -103,7 +104,16 @@ struct Shape {
   int64_t batch, dim, length, dstate;
 };
 
-void Run(const Shape& shape, DataType dtype, bool channel_last) {
+struct Dtypes {
+  const char* name;
+  DataType sequence, projection;  // delta is stored as B and C are
+};
+constexpr Dtypes kDtypes[] = {{"bf16", DataType::BF16, DataType::BF16},
+                              {"f32", DataType::F32, DataType::F32},
+                              {"mixed", DataType::BF16, DataType::F32}};
+
+void Run(const Shape& shape, const Dtypes& dtypes, bool channel_last, bool segments) {
+  const DataType dtype = dtypes.sequence, projection = dtypes.projection;
   Arrays arrays;
   Problem p{};
   p.batch = shape.batch, p.dim = shape.dim, p.length = shape.length, p.dstate = shape.dstate;
@@ -112,11 +122,20 @@ void Run(const Shape& shape, DataType dtype, bool channel_last) {
   const int64_t sequence = p.batch * p.dim * p.length, weight = p.dim * p.dstate;
   const int64_t varying = p.batch * p.length * p.dstate;
   Operands& o = p.operands;
-  o.u = arrays.Make(sequence, dtype), o.delta = arrays.Make(sequence, dtype, -4.0f);
+  o.u = arrays.Make(sequence, dtype), o.delta = arrays.Make(sequence, projection, -4.0f);
   o.A = arrays.Make(weight, DataType::F32, 0.0f, 1.0f, true);
-  o.B = arrays.Make(varying, dtype), o.C = arrays.Make(varying, dtype);
+  o.B = arrays.Make(varying, projection), o.C = arrays.Make(varying, projection);
   o.D = arrays.Make(p.dim, DataType::F32), o.z = arrays.Make(sequence, dtype);
   o.delta_bias = arrays.Make(p.dim, DataType::F32, 0.0f, 0.1f);
+  if (segments) {
+    p.has_segments = true;
+    std::vector<int32_t> ids(p.batch * p.length);
+    for (size_t i = 0; i < ids.size(); ++i) ids[i] = static_cast<int32_t>(i % p.length / 100);
+    o.segment_ids = {arrays.Bytes(ids.size() * sizeof(int32_t)), DataType::S32};
+    Check(cudaMemcpy(o.segment_ids.data, ids.data(), ids.size() * sizeof(int32_t),
+                     cudaMemcpyHostToDevice),
+          "cudaMemcpy");
+  }
 
   Forward forward{};
   static_cast<Problem&>(forward) = p;
@@ -132,26 +151,26 @@ void Run(const Shape& shape, DataType dtype, bool channel_last) {
   backward.states = forward.states;
   backward.out_cotangent = arrays.Make(sequence, dtype);
   Operands& ct = backward.cotangents;
-  ct.u = arrays.Make(sequence, dtype), ct.delta = arrays.Make(sequence, dtype);
+  ct.u = arrays.Make(sequence, dtype), ct.delta = arrays.Make(sequence, projection);
   ct.z = arrays.Make(sequence, dtype), ct.A = arrays.Make(weight, DataType::F32);
-  ct.B = arrays.Make(varying, dtype), ct.C = arrays.Make(varying, dtype);
+  ct.B = arrays.Make(varying, projection), ct.C = arrays.Make(varying, projection);
   ct.D = arrays.Make(p.dim, DataType::F32), ct.delta_bias = arrays.Make(p.dim, DataType::F32);
   backward.workspace_bytes = gpu::BackwardWorkspace::Enough(p);
   backward.workspace.data = arrays.Bytes(backward.workspace_bytes);
   const double back = Microseconds([&](auto s) { return gpu::LaunchBackward(backward, s); });
 
-  const gpu::Plan there = gpu::Plan::Forward(p, gpu::PlainElements(forward)),
-                  home = gpu::Plan::Backward(p, gpu::PlainElements(backward), false);
+  const gpu::Plan there = gpu::Plan::Forward(p, gpu::ElementsOf(forward)),
+                  home = gpu::Plan::Backward(p, gpu::ElementsOf(backward), false);
   auto describe = [](const gpu::Plan& plan) {
     return "{" + std::to_string(plan.shape.states) + ", " + std::to_string(plan.shape.lanes) +
            ", " + std::to_string(plan.shape.channels) + "} x " + std::to_string(plan.blocks) +
            " blocks x " + std::to_string(plan.spans) + " spans";
   };
   std::printf(
-      "(%lld, %lld, %lld, %lld) %s %s: forward %.0f, saving states %.0f, %s; backward %.0f, %s\n",
+      "(%lld, %lld, %lld, %lld) %s %s%s: forward %.0f, saving states %.0f, %s; backward %.0f, %s\n",
       static_cast<long long>(p.batch), static_cast<long long>(p.dim),
-      static_cast<long long>(p.length), static_cast<long long>(p.dstate),
-      dtype == DataType::F32 ? "f32" : "bf16", channel_last ? "bld" : "bdl", alone, saving,
+      static_cast<long long>(p.length), static_cast<long long>(p.dstate), dtypes.name,
+      channel_last ? "bld" : "bdl", segments ? " segments" : "", alone, saving,
       describe(there).c_str(), back, describe(home).c_str());
   std::fflush(stdout);
 }
@@ -167,11 +186,15 @@ int main(int count, char** words) {
                                {1, 512, 1048576, 16}};
   auto number = [&](int i) { return static_cast<int64_t>(std::atoll(words[i])); };
   if (count > 4) shapes = {{number(1), number(2), number(3), number(4)}};
-  std::vector<DataType> dtypes = {DataType::BF16, DataType::F32};
-  if (count > 5) dtypes = {words[5] == std::string("f32") ? DataType::F32 : DataType::BF16};
+  std::vector<Dtypes> dtypes = {kDtypes[0], kDtypes[1]};
+  if (count > 5) {
+    dtypes.clear();
+    for (const Dtypes& some : kDtypes)
+      if (words[5] == std::string(some.name)) dtypes = {some};
+  }
   std::vector<bool> layouts = {true, false};
   if (count > 6) layouts = {words[6] == std::string("bld")};
   for (const Shape& shape : shapes)
-    for (DataType dtype : dtypes)
-      for (bool channel_last : layouts) Run(shape, dtype, channel_last);
+    for (const Dtypes& some : dtypes)
+      for (bool channel_last : layouts) Run(shape, some, channel_last, count > 7);
 }

@@ -51,26 +51,27 @@ namespace {
 __host__ __device__ constexpr int Log2(int x) { return x <= 1 ? 0 : 1 + Log2(x / 2); }
 
 template <typename Number, int kStates, int kLanes, int kPerLane, int kWalkers, int kStagers,
-          bool kWaits, Elements kElements, Layout kLayout>
+          bool kWaits, Elements kElements, Layout kLayout, bool kQuads>
 struct BackwardShared {
   static constexpr int kChannels = kWalkers / kLanes * kPerLane, kGroup = kStates * kLanes;
   static constexpr int kParts = NumberTraits<Number>::kParts;
-  static constexpr bool kPlain = kElements != Elements::kMixed;
+  static constexpr bool kVary = kElements != Elements::kGeneral;
+  static constexpr bool kRestarts = !IsRegular(kElements);
   // Those who stage come after those who walk, or are the same.
   static constexpr int kStaging = kStagers ? kStagers : kWalkers, kFirst = kStagers ? kWalkers : 0;
   // Warps are dealt to the four schedulers in turn. Where ten walk, two of the five that stage are
   // to be on either scheduler where two walk and not three, for which one more stands in a place.
   static constexpr int kIdle = kWalkers == 10 * kWarp && kStagers ? kWarp : 0;
   static constexpr int kThreads = kWalkers + kStagers + kIdle;
-  using Sequences = Tile<kStaging, kChannels, 2, kElements, kLayout>;
+  using Sequences = Tile<kStaging, kChannels, 2, kElements, kLayout, false, kQuads>;
   using Projections = Tile<kStaging, kGroup * kParts, 4, kElements, kLayout>;
   static constexpr int kStep = Sequences::kRow, kRow = Projections::kRow / kParts;
-  static constexpr int kRows = kPlain || kTile > kChannels ? kTile : kChannels;
+  static constexpr int kRows = kVary || kTile > kChannels ? kTile : kChannels;
   // More, so that lanes that store different sums, of a warp's channels, use different banks.
   static constexpr int kSums = kTile * kStep + kWarp / kLanes * kPerLane;
   // One copy for each order in which lanes hold their states: state n is at n ^ i in copy i. A
   // fixed B or C has one copy.
-  static constexpr int kCopies = kPlain ? kStates : 1;
+  static constexpr int kCopies = kVary ? kStates : 1;
   // Lanes that read two copies use all banks: with 4 states, the first two lanes read copies 0
   // and 2.
   static constexpr int kCopy = kRows * kRow + (kStates == 4 ? 8 : 16);
@@ -122,7 +123,7 @@ struct BackwardShared {
     return kSwaps ? value ^ (row & 1) * (kValues / 2) : value;
   }
   // Two where there is room: then walkers need not wait for those of the last tile to be used.
-  static constexpr int kSetsOfSums = kWaits && kPlain ? 2 : 1;
+  static constexpr int kSetsOfSums = kWaits && kVary ? 2 : 1;
   alignas(16) float channel_sums[kSetsOfSums][kWalkers / kWarp][kTile][kRowOfSums];
   Vectors<kChannels> vectors;
   // Each staging thread's sums of dD and d_bias, kept where inputs and gates are. Where channels
@@ -142,7 +143,8 @@ struct BackwardShared {
   // What comes next, as it lies in memory: u, delta, z, cotangent of out; B, C. For want of room
   // it may be a batch instead of a tile.
   static constexpr bool kInBatches = kCrowded && kBatches > 1;
-  typename Sequences::Slot next_sequences[4][kInBatches ? kBatch * kStaging : kPairs];
+  static_assert(!kQuads || kBatch % 2 == 0);
+  alignas(16) typename Sequences::Slot next_sequences[4][kInBatches ? kBatch * kStaging : kPairs];
   typename Projections::Slot next_projections[2][Projections::kCount * kStaging];
 };
 
@@ -157,19 +159,20 @@ __device__ inline void Split(float x, float* to) { to[0] = x; }
 __device__ inline void Split(Complex x, float* to) { to[0] = x.re, to[1] = x.im; }
 
 template <typename Number, int kStates, int kLanes, int kPerLane, int kWalkers, int kStagers,
-          bool kWaits, Elements kElements, Layout kLayout>
-__global__ void __launch_bounds__(BackwardShared<Number, kStates, kLanes, kPerLane, kWalkers,
-                                                 kStagers, kWaits, kElements, kLayout>::kThreads)
+          bool kWaits, Elements kElements, Layout kLayout, bool kQuads>
+__global__ void __launch_bounds__(
+    BackwardShared<Number, kStates, kLanes, kPerLane, kWalkers, kStagers, kWaits, kElements,
+                   kLayout, kQuads>::kThreads)
     BackwardKernel(const __grid_constant__ Backward p, const __grid_constant__ Plan plan,
                    const __grid_constant__ BackwardWorkspace workspace) {
   using Shared = BackwardShared<Number, kStates, kLanes, kPerLane, kWalkers, kStagers, kWaits,
-                                kElements, kLayout>;
+                                kElements, kLayout, kQuads>;
   using Sequences = typename Shared::Sequences;
   using Projections = typename Shared::Projections;
   using Staged = typename Shared::Staged;
   using StagedProjections = typename Shared::StagedProjections;
   constexpr int kChannels = Shared::kChannels, kGroup = Shared::kGroup, kParts = Shared::kParts;
-  constexpr bool kPlain = Shared::kPlain;
+  constexpr bool kVary = Shared::kVary, kRestarts = Shared::kRestarts;
   constexpr int kStep = Shared::kStep, kRow = Shared::kRow;
   extern __shared__ char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
@@ -184,10 +187,10 @@ __global__ void __launch_bounds__(BackwardShared<Number, kStates, kLanes, kPerLa
   int thread = static_cast<int>(threadIdx.x);
   if (Shared::kIdle && thread >= kWalkers + 2 * kWarp && thread / kWarp % 2) thread ^= 2 * kWarp;
   const int stager = thread - Shared::kFirst;  // of those who stage
+  const Operands& ct = p.cotangents;
   const Sequences sequences(SequenceLines(p, block), p.reverse, stager);
   const Projections projections(ProjectionLines<kParts>(p, block), p.reverse, stager);
-  StageVectors<Shared::kThreads, kChannels>(p, block, shared.vectors);
-  const bool B_varies = kPlain || p.B_varies, C_varies = kPlain || p.C_varies;
+  const bool B_varies = kVary || p.B_varies, C_varies = kVary || p.C_varies;
   const bool has_z = o.z.data != nullptr;
   const int first_tile = static_cast<int>(block.span) * plan.span_tiles;
   const int last_tile =
@@ -205,7 +208,11 @@ __global__ void __launch_bounds__(BackwardShared<Number, kStates, kLanes, kPerLa
   };
   auto load_pair = [&](const Rows& rows, Place k, Place slot) {
     auto load = [&](const Array& from, int i, bool wanted = true) {
-      sequences.PrefetchPair(from, next_sequences, rows, shared.next_sequences[i], k, slot, wanted);
+      auto& to = shared.next_sequences[i];
+      if constexpr (kQuads)
+        sequences.PrefetchQuad(from, next_sequences, rows, to, k, slot, wanted);
+      else
+        sequences.PrefetchPair(from, next_sequences, rows, to, k, slot, wanted);
     };
     load(o.u, 0);
     load(o.delta, 1);
@@ -215,7 +222,7 @@ __global__ void __launch_bounds__(BackwardShared<Number, kStates, kLanes, kPerLa
   // Batches are loaded in order, tile by tile.
   auto load_batch = [&](const Rows& rows, int batch) {
 #pragma unroll(Shared::kCrowded ? 1 : kBatch)
-    for (int i = 0; i < kBatch; ++i)
+    for (int i = 0; i < kBatch; i += kQuads ? 2 : 1)
       load_pair(rows, Place::template InGroup<kBatch>(batch, i), slot_of(batch, i));
     if (batch + 1 == kBatches) next_sequences -= sequences.Stride();
   };
@@ -253,7 +260,7 @@ __global__ void __launch_bounds__(BackwardShared<Number, kStates, kLanes, kPerLa
         CopyAsync<kNumbers * sizeof(Number)>(
             &shared.entering[turn][Shared::Entering(n, channel)],
             static_cast<const Number*>(array.data) + at + n * of_state + channel * of_channel,
-            n < states_there && channel < block.channels);
+            n < states_there && channel < block.channels ? kNumbers * sizeof(Number) : 0);
       }
     };
     if (wide && !first)
@@ -278,15 +285,15 @@ __global__ void __launch_bounds__(BackwardShared<Number, kStates, kLanes, kPerLa
   };
   auto stage_sequences = [&](const Rows& rows, Place k, const Pair& pair, Staged& to) -> Kept {
     if (!sequences.Mine(k)) return {};
-    const float2 input = sequences.Widen(pair.u, o.u);
-    float2 dy = sequences.Widen(pair.out_cotangent, p.out_cotangent);
-    const float2 x = sequences.Widen(pair.z, o.z);
+    const float2 input = sequences.Widen(pair.u, k, o.u);
+    float2 dy = sequences.Widen(pair.out_cotangent, k, p.out_cotangent);
+    const float2 x = sequences.Widen(pair.z, k, o.z);
     const float2 sigmoid{Sigmoid<kExact<kElements>>(x.x), Sigmoid<kExact<kElements>>(x.y)};
     // The derivative of silu.
     const float2 d_gate{dy.x * (sigmoid.x * fmaf(x.x, 1.0f - sigmoid.x, 1.0f)),
                         dy.y * (sigmoid.y * fmaf(x.y, 1.0f - sigmoid.y, 1.0f))};
     dy = {has_z ? dy.x * (x.x * sigmoid.x) : dy.x, has_z ? dy.y * (x.y * sigmoid.y) : dy.y};
-    float2 delta = sequences.Widen(pair.delta, o.delta);
+    float2 delta = sequences.Widen(pair.delta, k, o.delta);
     const float2 bias = sequences.OfLines(shared.vectors.delta_bias, k);
     delta = {delta.x + bias.x, delta.y + bias.y};
     const Softplus<kExact<kElements>> first(delta.x), second(delta.y);
@@ -318,8 +325,8 @@ __global__ void __launch_bounds__(BackwardShared<Number, kStates, kLanes, kPerLa
   };
   auto stage_varying = [&](int k, const ProjectionPair& pair, StagedProjections& to) {
     auto stage = [&](const Array& from, uint2 raw, Number* at) {
-      const float2 x = projections.Widen(raw, from);
-      if constexpr (kPlain) {
+      const float2 x = projections.Widen(raw, k, from);
+      if constexpr (kVary) {
         if (!projections.Mine(k)) return;
         const int first = projections.LineOf(k, 0), second = projections.LineOf(k, 1);
 #pragma unroll
@@ -343,7 +350,7 @@ __global__ void __launch_bounds__(BackwardShared<Number, kStates, kLanes, kPerLa
     if (!C_varies) stage(o.C, to.C);
   };
   auto stage_restarts = [&](const Rows& rows, Staged& to) {
-    if (kPlain || !p.has_segments || sequences.Index(0) >= kWarp) return;
+    if (!kRestarts || !p.has_segments || sequences.Index(0) >= kWarp) return;
     const uint32_t restarts = Restarts(p, block.row, rows);
     if (sequences.Index(0) == 0) to.restarts = restarts;
   };
@@ -375,8 +382,8 @@ __global__ void __launch_bounds__(BackwardShared<Number, kStates, kLanes, kPerLa
       float* to_C = reinterpret_cast<float*>(base + workspace.dC) + to * kParts;
 #pragma unroll
       for (int k = 0; k < kParts; ++k) {
-        if (kPlain || B_varies) to_B[k] = sums[0][k];
-        if (kPlain || C_varies) to_C[k] = sums[1][k];
+        if (kVary || B_varies) to_B[k] = sums[0][k];
+        if (kVary || C_varies) to_C[k] = sums[1][k];
       }
     }
   };
@@ -401,12 +408,12 @@ __global__ void __launch_bounds__(BackwardShared<Number, kStates, kLanes, kPerLa
     dy = {dy.x * (1.0f / kParts), dy.y * (1.0f / kParts)};
     const float2 d_input = sequences.Get(sums, k), y = sequences.Get(sums + 2 * Shared::kSums, k);
     float2 d_delta = sequences.Get(sums + Shared::kSums, k);
-    sequences.Store(p.cotangents.u, finished, rows, k, fmaf(d_input.x, delta.x, D.x * dy.x),
+    sequences.Store(ct.u, finished, rows, k, fmaf(d_input.x, delta.x, D.x * dy.x),
                     fmaf(d_input.y, delta.y, D.y * dy.y));
     d_delta = {fmaf(d_input.x, input.x, d_delta.x * kRateUnit) * slope.x,
                fmaf(d_input.y, input.y, d_delta.y * kRateUnit) * slope.y};
-    sequences.Store(p.cotangents.delta, finished, rows, k, d_delta.x, d_delta.y);
-    sequences.Store(p.cotangents.z, finished, rows, k, d_gate.x * fmaf(kParts, y.x, D.x * input.x),
+    sequences.Store(ct.delta, finished, rows, k, d_delta.x, d_delta.y);
+    sequences.Store(ct.z, finished, rows, k, d_gate.x * fmaf(kParts, y.x, D.x * input.x),
                     d_gate.y * fmaf(kParts, y.y, D.y * input.y), has_z);
     // Nothing was walked yet before the first tile; stagers do not come here then.
     if (!kStagers && rows.steps == 0) return;
@@ -468,6 +475,7 @@ __global__ void __launch_bounds__(BackwardShared<Number, kStates, kLanes, kPerLa
         const bool last_group = group + 1 == groups;
         const Rows rows = rows_of(tile), next = rows_of(last_group ? tile - 1 : tile);
         WaitForCopies();
+        sequences.MeetForCopies();
         // Taken into registers before the next ones are sent to the same place.
         ProjectionPair raw_projections[kProjectionPairs];
 #pragma unroll
@@ -480,11 +488,15 @@ __global__ void __launch_bounds__(BackwardShared<Number, kStates, kLanes, kPerLa
 #pragma unroll(Shared::kCrowded ? kBatches : 1)
           for (int batch = 0; batch < kBatches; ++batch) {
             Pair raw[kBatch];
-            if (Shared::kInBatches && batch) WaitForCopies();
+            if (Shared::kInBatches && batch) {
+              WaitForCopies();
+              sequences.MeetForCopies();
+            }
             if (group == 0)
 #pragma unroll
               for (int i = 0; i < kBatch; ++i) raw[i] = take_sequences(slot_of(batch, i));
             if (last_group) {
+              sequences.MeetForCopies();
               const bool later = Shared::kInBatches && batch + 1 < kBatches;
               load_batch(later ? rows : next, Shared::kInBatches ? (batch + 1) % kBatches : batch);
               SendCopies();
@@ -498,7 +510,7 @@ __global__ void __launch_bounds__(BackwardShared<Number, kStates, kLanes, kPerLa
           }
           if (group == 0) stage_restarts(rows, to);
         }
-        if (!kPlain) stage_fixed(group, shared.projections[turn]);
+        if (!kVary) stage_fixed(group, shared.projections[turn]);
         turn ^= 1;
       };
       auto finish_pairs = [&](const Rows& rows, int parity) {
@@ -595,7 +607,7 @@ __global__ void __launch_bounds__(BackwardShared<Number, kStates, kLanes, kPerLa
     each([&](int i, int j) {
       waiting_of(group, kAdjoint, i, j) = adjoint[i][j];
       waiting_of(group, kDA, i, j) = dA[i][j];
-      if constexpr (!kPlain) {
+      if constexpr (!kVary) {
         waiting_of(group, kDB, i, j) = dB[i][j];
         waiting_of(group, kDC, i, j) = dC[i][j];
       }
@@ -615,7 +627,7 @@ __global__ void __launch_bounds__(BackwardShared<Number, kStates, kLanes, kPerLa
                                 p.last_state_cotangent.data)[StateIndex(p, block, channel, n)]
                           : Number{};
       dA[i][j] = Number{};
-      if constexpr (!kPlain) dB[i][j] = dC[i][j] = Number{};
+      if constexpr (!kVary) dB[i][j] = dC[i][j] = Number{};
     });
 #pragma unroll 4
     for (int64_t piece = 0; piece < (plan.spans - 1 - block.span) * plan.pieces; ++piece) {
@@ -692,7 +704,7 @@ __global__ void __launch_bounds__(BackwardShared<Number, kStates, kLanes, kPerLa
           rate[i][j] = waiting_of(group, kRate, i, j);
           adjoint[i][j] = waiting_of(group, kAdjoint, i, j);
           dA[i][j] = waiting_of(group, kDA, i, j);
-          if constexpr (!kPlain) {
+          if constexpr (!kVary) {
             dB[i][j] = waiting_of(group, kDB, i, j);
             dC[i][j] = waiting_of(group, kDC, i, j);
           }
@@ -701,13 +713,13 @@ __global__ void __launch_bounds__(BackwardShared<Number, kStates, kLanes, kPerLa
       // What was staged is there, and so are all sums of the walk before; everyone is done with
       // what lay where now is staged.
       Meet<kWalkers + kStagers>();
-      const uint32_t restarts = !kPlain && p.has_segments ? staged.restarts : 0;
+      const uint32_t restarts = kRestarts && p.has_segments ? staged.restarts : 0;
       if constexpr (!kStagers) {
         // Loaded here, staged in the second half of the walk back.
         for (int batch = 0; batch < kBatches; ++batch) load_batch(next, batch);
         load_states(tile - 1, 0, turn ^ 1);
         load_projections(next, 0);
-        if (!kPlain) {
+        if (!kVary) {
           stage_fixed(0, staging_projections);
           stage_restarts(next, staging);
         }
@@ -716,7 +728,7 @@ __global__ void __launch_bounds__(BackwardShared<Number, kStates, kLanes, kPerLa
 
       // B or C of a row, for a lane's states and channels; a fixed one differs between channels.
       auto load = [&](const Number* from, bool varies, int row, Number(&to)[kStates][kPerLane]) {
-        if constexpr (kPlain) {
+        if constexpr (kVary) {
           Number states[kStates];
           LoadStates(from + state_swap * Shared::kCopy + row * kRow + lane * kStates, states);
           each([&](int i, int j) { to[i][j] = states[i]; });
@@ -747,7 +759,7 @@ __global__ void __launch_bounds__(BackwardShared<Number, kStates, kLanes, kPerLa
           put_early(half, t);
           each([&](int i, int j) {
             Number h = history[t][i][j];
-            if constexpr (!kPlain) h = Unless(restarts & 1u << row, h);
+            if constexpr (kRestarts) h = Unless(restarts & 1u << row, h);
             history[t + 1][i][j] =
                 MultiplyAdd(Decay(rate[i][j], step[j].x), h, b[i][j] * step[j].y);
           });
@@ -855,7 +867,7 @@ __global__ void __launch_bounds__(BackwardShared<Number, kStates, kLanes, kPerLa
           get_early(half, t);
           if (t + 1 < kSteps) sum_over_lanes(row + 1, pending);
           job(t);
-          const bool restart = !kPlain && restarts & 1u << row;
+          const bool restart = kRestarts && restarts & 1u << row;
 #pragma unroll
           for (int i = 0; i < kStates; ++i) {
             Number dB_t{}, dC_t{};
@@ -866,7 +878,7 @@ __global__ void __launch_bounds__(BackwardShared<Number, kStates, kLanes, kPerLa
               Number before = history[t][i][j];
               partial.y[j] = RealMultiplyAdd(c[i][j], after, partial.y[j]);
               partial.d_input[j] = RealMultiplyAdd(lambda, b[i][j], partial.d_input[j]);
-              if constexpr (kPlain) {
+              if constexpr (kVary) {
                 dC_t = j ? MultiplyAdd(after, dy[j], dC_t) : after * dy[j];
                 dB_t = j ? MultiplyAdd(lambda, step[j].y, dB_t) : lambda * step[j].y;
               } else {
@@ -880,7 +892,7 @@ __global__ void __launch_bounds__(BackwardShared<Number, kStates, kLanes, kPerLa
                   dB[i][j] = MultiplyAdd(lambda, step[j].y, dB[i][j]);
               }
               Number carried = Decay(rate[i][j], step[j].x) * lambda;
-              if constexpr (!kPlain) {
+              if constexpr (kRestarts) {
                 carried = Unless(restart, carried);
                 before = Unless(restart, before);
               }
@@ -921,12 +933,12 @@ __global__ void __launch_bounds__(BackwardShared<Number, kStates, kLanes, kPerLa
         return waits ? waiting_of(group, array, i, j) : x;
       };
       part(workspace.dA)[to] = last(kDA, dA[i][j]);
-      if constexpr (!kPlain) {
+      if constexpr (!kVary) {
         if (!B_varies) part(workspace.dB)[to] = last(kDB, dB[i][j]);
         if (!C_varies) part(workspace.dC)[to] = last(kDC, dC[i][j]);
       }
-      if (p.cotangents.initial_state.data && block.span == 0)
-        static_cast<Number*>(p.cotangents.initial_state.data)[StateIndex(p, block, channel, n)] =
+      if (ct.initial_state.data && block.span == 0)
+        static_cast<Number*>(ct.initial_state.data)[StateIndex(p, block, channel, n)] =
             last(kAdjoint, adjoint[i][j]);
     });
   }
@@ -997,15 +1009,15 @@ __global__ void SumKernel(const __grid_constant__ Backward p, const __grid_const
 }
 
 template <typename Number, int kStates, int kLanes, int kPerLane, int kWalkers, int kStagers,
-          bool kWaits, Elements kElements, Layout kLayout>
+          bool kWaits, Elements kElements, Layout kLayout, bool kQuads = false>
 Error Launch(const Backward& p, const Plan& plan, const BackwardWorkspace& workspace,
              Stream stream) {
   const auto kernel = BackwardKernel<Number, kStates, kLanes, kPerLane, kWalkers, kStagers, kWaits,
-                                     kElements, kLayout>;
+                                     kElements, kLayout, kQuads>;
   using Shared = BackwardShared<Number, kStates, kLanes, kPerLane, kWalkers, kStagers, kWaits,
-                                kElements, kLayout>;
+                                kElements, kLayout, kQuads>;
   constexpr int kShared = sizeof(Shared);
-  constexpr bool kHungry = kStagers && kElements != Elements::kMixed;
+  constexpr bool kHungry = kStagers && kElements != Elements::kGeneral;
   static_assert(kShared <= (kHungry ? kSharedBytes : kLittleSharedBytes));
   if (const Error error = AllowSharedBytes(kernel, kShared); error != kSuccess) return error;
   kernel<<<static_cast<unsigned>(plan.blocks * plan.spans), Shared::kThreads, kShared, stream>>>(
@@ -1014,46 +1026,61 @@ Error Launch(const Backward& p, const Plan& plan, const BackwardWorkspace& works
 }
 
 template <Elements kElements, Layout kLayout>
-Error LaunchRegular(const Backward& p, const Plan& plan, const BackwardWorkspace& workspace,
-                    Stream stream) {
-  const auto launch =
-      plan.state_groups > 1 ? Launch<float, 2, 8, 2, 384, 128, true, kElements, kLayout>
-      : plan.walkers == 384 ? Launch<float, 2, 8, 2, 384, 128, false, kElements, kLayout>
-      : plan.walkers == 320 ? Launch<float, 2, 8, 2, 320, 160, false, kElements, kLayout>
-      : plan.walkers == 256 ? Launch<float, 4, 4, 2, 256, 128, false, kElements, kLayout>
-                            : Launch<float, 4, 4, 2, 128, 0, false, kElements, kLayout>;
-  return launch(p, plan, workspace, stream);
+Error LaunchShape(const Backward& p, const Plan& plan, const BackwardWorkspace& workspace,
+                  Stream stream) {
+  const auto launch = [&](auto kernel) { return kernel(p, plan, workspace, stream); };
+  if (plan.state_groups > 1)
+    return launch(Launch<float, 2, 8, 2, 384, 128, true, kElements, kLayout>);
+  if constexpr (IsRegular(kElements)) {
+    switch (plan.walkers) {
+      case 320:
+        return launch(Launch<float, 2, 8, 2, 320, 160, false, kElements, kLayout>);
+      case 256:
+        if constexpr (kElements == Elements::kFloat && kLayout == Layout::kTimeLast)
+          if (QuadsAligned(p))
+            return launch(Launch<float, 4, 4, 2, 256, 128, false, kElements, kLayout, true>);
+        return launch(Launch<float, 4, 4, 2, 256, 128, false, kElements, kLayout>);
+      case 128:
+        return launch(Launch<float, 4, 4, 2, 128, 0, false, kElements, kLayout>);
+    }
+  }
+  return launch(Launch<float, 2, 8, 2, 384, 128, false, kElements, kLayout>);
 }
 
 template <Elements kElements>
 Error LaunchLayout(const Backward& p, const Plan& plan, const BackwardWorkspace& workspace,
                    Stream stream) {
-  return p.channel_last ? LaunchRegular<kElements, Layout::kChannelLast>(p, plan, workspace, stream)
-                        : LaunchRegular<kElements, Layout::kTimeLast>(p, plan, workspace, stream);
+  return p.channel_last ? LaunchShape<kElements, Layout::kChannelLast>(p, plan, workspace, stream)
+                        : LaunchShape<kElements, Layout::kTimeLast>(p, plan, workspace, stream);
 }
 
 template <typename Number, int kStates, int kLanes>
-Error LaunchMixed(const Backward& p, const Plan& plan, const BackwardWorkspace& workspace,
-                  Stream stream) {
-  constexpr Elements kMixed = Elements::kMixed;
+Error LaunchGeneral(const Backward& p, const Plan& plan, const BackwardWorkspace& workspace,
+                    Stream stream) {
+  constexpr Elements kElements = Elements::kGeneral;
+  constexpr Layout kLayout = Layout::kAny;
   const auto launch = plan.state_groups > 1
-                          ? Launch<Number, kStates, kLanes, 1, 384, 96, true, kMixed, Layout::kAny>
-                          : Launch<Number, kStates, kLanes, 1, 416, 0, false, kMixed, Layout::kAny>;
+                          ? Launch<Number, kStates, kLanes, 1, 384, 96, true, kElements, kLayout>
+                          : Launch<Number, kStates, kLanes, 1, 416, 0, false, kElements, kLayout>;
   return launch(p, plan, workspace, stream);
 }
 
 Error LaunchWalk(const Backward& p, const Plan& plan, const BackwardWorkspace& workspace,
-                 Elements elements, Stream stream) {
-  switch (elements) {
+                 Stream stream) {
+  switch (plan.elements) {
     case Elements::kFloat:
       return LaunchLayout<Elements::kFloat>(p, plan, workspace, stream);
     case Elements::kBfloat:
       return LaunchLayout<Elements::kBfloat>(p, plan, workspace, stream);
     case Elements::kHalf:
       return LaunchLayout<Elements::kHalf>(p, plan, workspace, stream);
+    case Elements::kMixed:
+      return LaunchLayout<Elements::kMixed>(p, plan, workspace, stream);
+    case Elements::kOdd:
+      return LaunchLayout<Elements::kOdd>(p, plan, workspace, stream);
     default:
-      return IsComplex(p) ? LaunchMixed<Complex, 1, 16>(p, plan, workspace, stream)
-                          : LaunchMixed<float, 2, 8>(p, plan, workspace, stream);
+      return IsComplex(p) ? LaunchGeneral<Complex, 1, 16>(p, plan, workspace, stream)
+                          : LaunchGeneral<float, 2, 8>(p, plan, workspace, stream);
   }
 }
 
@@ -1080,9 +1107,7 @@ Error LaunchSums(const Backward& p, const Plan& plan, const BackwardWorkspace& w
 
 Error LaunchBackward(const Backward& p, Stream stream) {
   const bool little_shared = SharedBytesOfBlock() < kSharedBytes;
-  // The plain kernel for states taken in turn is one of those that want more.
-  const Elements elements = little_shared && p.dstate > 16 ? Elements::kMixed : PlainElements(p);
-  const Plan plan = Plan::Backward(p, elements, little_shared);
+  const Plan plan = Plan::Backward(p, ElementsOf(p), little_shared);
   const BackwardWorkspace workspace(p, plan);
   char* base = static_cast<char*>(p.workspace.data);
   if (plan.spans > 1) {
@@ -1090,8 +1115,7 @@ Error LaunchBackward(const Backward& p, Stream stream) {
         LaunchPieces(p, plan, base + workspace.ends, base + workspace.sum_delta, stream);
     if (error != kSuccess) return error;
   }
-  if (const Error error = LaunchWalk(p, plan, workspace, elements, stream); error != kSuccess)
-    return error;
+  if (const Error error = LaunchWalk(p, plan, workspace, stream); error != kSuccess) return error;
   return LaunchSums(p, plan, workspace, stream);
 }
 

@@ -20,35 +20,36 @@
 // shared memory, 1.5 with two channels to a lane, at two such registers of a warp per cycle and
 // multiprocessor (see LanePlace). Per (b, d, t): staging, about 70 instructions, and the sum over
 // lanes (3 shuffles per 4 steps at 4 lanes).
+#include <type_traits>
+
 #include "cuda/scan.h"
 #include "cuda/tile.cuh"
 
 namespace jax_sscan::gpu {
 namespace {
 
-// To a multiprocessor: they leave each 80 registers.
-constexpr int kThreadsTogether = 768;
-
-// kElements: kMixed for a kernel that takes everything; otherwise B and C vary along the sequence,
-// all arrays but the weights have that dtype, and nothing restarts.
 template <typename Number, int kStates, int kLanes, int kPerLane, int kWalkers, Elements kElements,
-          Layout kLayout>
+          Layout kLayout, bool kQuads>
 struct ForwardShared {
   static constexpr int kStagers = kWalkers;
+  // To a multiprocessor: 768 threads leave each 80 registers, 512 leave 128.
+  static constexpr bool kNeedsRegisters = !IsRegular(kElements) && kStates * kLanes > 16;
+  static constexpr int kBlocks = (kNeedsRegisters ? 512 : 768) / (2 * kWalkers);
   static constexpr int kChannels = kWalkers / kLanes * kPerLane, kGroup = kStates * kLanes;
-  static constexpr bool kPlain = kElements != Elements::kMixed;
+  static constexpr bool kVary = kElements != Elements::kGeneral;
+  static constexpr bool kRestarts = !IsRegular(kElements);
   // Against bank conflicts: of y's stores, 4 rows of 8 channels; of pairs of steps.
   static constexpr int kPad = kLayout == Layout::kChannelLast ? (kChannels % 32 ? 16 : 8)
-                              : kPlain && kPerLane == 1       ? 1
-                                                              : 2;
-  using Sequences = Tile<kStagers, kChannels, kPad, kElements, kLayout, true>;
+                              : kLayout == Layout::kTimeLast && kPerLane == 1 ? 1
+                                                                              : 2;
+  using Sequences = Tile<kStagers, kChannels, kPad, kElements, kLayout, true, kQuads>;
   using Projections =
       Tile<kStagers, kGroup * NumberTraits<Number>::kParts, 4, kElements, kLayout, true>;
   static constexpr int kStep = Sequences::kRow;
   static_assert(Sequences::template Skew<float>() == 0);
   // Numbers of a row of B or C; rows are steps, or channels for a fixed one.
   static constexpr int kRow = Projections::kRow / NumberTraits<Number>::kParts;
-  static constexpr int kRows = kPlain || kTile > kChannels ? kTile : kChannels;
+  static constexpr int kRows = kVary || kTile > kChannels ? kTile : kChannels;
   struct Staged {
     alignas(16) float2 steps[Sequences::kCells];  // delta, delta * u
     alignas(16) float y[Sequences::kCells];
@@ -68,9 +69,9 @@ struct ForwardShared {
   static constexpr bool kTakesLong = kElements == Elements::kFloat;
   static constexpr int kAhead = kTakesLong && kGroup <= 16 && kPerLane == 1 ? 2 : 1;
   struct Next {
-    typename Sequences::Slot u[Sequences::kCount * kStagers];
-    typename Sequences::Slot delta[Sequences::kCount * kStagers];
-    typename Sequences::Slot z[Sequences::kCount * kStagers];
+    alignas(16) typename Sequences::Slot u[Sequences::kCount * kStagers];
+    alignas(16) typename Sequences::Slot delta[Sequences::kCount * kStagers];
+    alignas(16) typename Sequences::Slot z[Sequences::kCount * kStagers];
     typename Projections::Slot B[Projections::kCount * kStagers];
     typename Projections::Slot C[Projections::kCount * kStagers];
   };
@@ -79,15 +80,18 @@ struct ForwardShared {
 };
 
 template <typename Number, int kStates, int kLanes, int kPerLane, int kWalkers, Elements kElements,
-          Layout kLayout>
-__global__ void __launch_bounds__(2 * kWalkers, kThreadsTogether / (2 * kWalkers))
+          Layout kLayout, bool kQuads>
+__global__ void __launch_bounds__(
+    2 * kWalkers,
+    ForwardShared<Number, kStates, kLanes, kPerLane, kWalkers, kElements, kLayout, kQuads>::kBlocks)
     ForwardKernel(const __grid_constant__ Forward p, const __grid_constant__ Plan plan,
                   const __grid_constant__ Pieces<Number> pieces) {
-  using Shared = ForwardShared<Number, kStates, kLanes, kPerLane, kWalkers, kElements, kLayout>;
+  using Shared =
+      ForwardShared<Number, kStates, kLanes, kPerLane, kWalkers, kElements, kLayout, kQuads>;
   using Sequences = typename Shared::Sequences;
   using Projections = typename Shared::Projections;
   constexpr int kChannels = Shared::kChannels, kGroup = Shared::kGroup, kRow = Shared::kRow;
-  constexpr bool kPlain = Shared::kPlain;
+  constexpr bool kVary = Shared::kVary, kRestarts = Shared::kRestarts;
   constexpr int kStep = Shared::kStep, kParts = NumberTraits<Number>::kParts;
   extern __shared__ char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
@@ -96,9 +100,9 @@ __global__ void __launch_bounds__(2 * kWalkers, kThreadsTogether / (2 * kWalkers
   const Block block(p, plan);
   StageVectors<kThreads, kChannels>(p, block, shared.vectors);
   const bool has_z = o.z.data != nullptr;
-  const bool B_varies = kPlain || p.B_varies, C_varies = kPlain || p.C_varies;
+  const bool B_varies = kVary || p.B_varies, C_varies = kVary || p.C_varies;
   // 16 states or fewer are always one group.
-  const int groups = kPlain && kGroup <= 16 ? 1 : plan.state_groups;
+  const int groups = kVary && kGroup <= 16 ? 1 : plan.state_groups;
   const int first_tile = static_cast<int>(block.span) * plan.span_tiles;
   const int last_tile =
       first_tile + plan.span_tiles < plan.tiles ? first_tile + plan.span_tiles : plan.tiles;
@@ -131,10 +135,10 @@ __global__ void __launch_bounds__(2 * kWalkers, kThreadsTogether / (2 * kWalkers
       int tile, group;
     } sent{first_tile, -1};
     // Of that tile, of the one that is staged next, and of those that were staged last and, before,
-    // walked. The general kernel lacks the registers to keep them.
+    // walked. Irregular kernels lack the registers to keep them.
     Rows sent_rows = rows_of(first_tile), next_rows = sent_rows;
     Rows staged_rows = sent_rows, walked_rows = sent_rows;
-    auto rows_or = [&](const Rows& kept, int tile) { return kPlain ? kept : rows_of(tile); };
+    auto rows_or = [&](const Rows& kept, int tile) { return kRestarts ? rows_of(tile) : kept; };
     int64_t sent_sequences = sequences.At(sent_rows), finished = sent_sequences;
     int64_t sent_projections = projections.At(sent_rows);
     auto send = [&] {
@@ -161,8 +165,8 @@ __global__ void __launch_bounds__(2 * kWalkers, kThreadsTogether / (2 * kWalkers
     auto stage_pair = [&](const Rows& rows, int k, uint2 u, uint2 delta, uint2 z,
                           typename Shared::Staged& to) {
       if (!sequences.Mine(k)) return;
-      const float2 input = sequences.Widen(u, o.u);
-      float2 value = sequences.Widen(delta, o.delta);
+      const float2 input = sequences.Widen(u, k, o.u);
+      float2 value = sequences.Widen(delta, k, o.delta);
       value = {value.x + delta_bias[k].x, value.y + delta_bias[k].y};
       if (p.delta_softplus)
         value = {Softplus<kExact<kElements>>(value.x).value,
@@ -173,7 +177,7 @@ __global__ void __launch_bounds__(2 * kWalkers, kThreadsTogether / (2 * kWalkers
       sequences.Put(to.steps, k, {value.x, value.x * input.x}, {value.y, value.y * input.y});
       float2 gate{1.0f, 1.0f};
       if (has_z) {
-        const float2 x = sequences.Widen(z, o.z);
+        const float2 x = sequences.Widen(z, k, o.z);
         gate = {x.x * Sigmoid<kExact<kElements>>(x.x), x.y * Sigmoid<kExact<kElements>>(x.y)};
       }
       to.gates[sequences.Index(k)] = {gate.x * kParts, D[k].x * input.x * gate.x, gate.y * kParts,
@@ -187,6 +191,7 @@ __global__ void __launch_bounds__(2 * kWalkers, kThreadsTogether / (2 * kWalkers
       auto& from = shared.next[tile % Shared::kAhead];
       typename Sequences::Raw u, delta, z;
       WaitForCopies<Shared::kAhead - 1>();
+      sequences.MeetForCopies();
       if (group == 0) {
         u = sequences.TakeAll(from.u);
         delta = sequences.TakeAll(from.delta);
@@ -196,6 +201,7 @@ __global__ void __launch_bounds__(2 * kWalkers, kThreadsTogether / (2 * kWalkers
       if (B_varies) B = projections.TakeAll(from.B);
       if (C_varies) C = projections.TakeAll(from.C);
       next_rows = sent_rows;
+      sequences.MeetForCopies();
       send();
       if (group == 0) {
         walked_rows = staged_rows;
@@ -204,7 +210,7 @@ __global__ void __launch_bounds__(2 * kWalkers, kThreadsTogether / (2 * kWalkers
 #pragma unroll
         for (int k = 0; k < kPairs; ++k)
           stage_pair(rows, k, u.pair[k], delta.pair[k], z.pair[k], to);
-        if (!kPlain && p.has_segments && thread < kWarp) {
+        if (kRestarts && p.has_segments && thread < kWarp) {
           const uint32_t restarts = Restarts(p, block.row, rows);
           if (thread == 0) to.restarts = restarts;
         }
@@ -214,7 +220,7 @@ __global__ void __launch_bounds__(2 * kWalkers, kThreadsTogether / (2 * kWalkers
         if (varies) {
 #pragma unroll
           for (int k = 0; k < Projections::kCount; ++k) {
-            const float2 x = projections.Widen(raw.pair[k], from);
+            const float2 x = projections.Widen(raw.pair[k], k, from);
             projections.Put(reinterpret_cast<float*>(to), k, x.x, x.y);
           }
         } else {
@@ -323,13 +329,11 @@ __global__ void __launch_bounds__(2 * kWalkers, kThreadsTogether / (2 * kWalkers
         });
       }
       Meet<kThreads>();
-      const uint32_t restarts = !kPlain && p.has_segments ? staged.restarts : 0;
-
       auto row_start = [](int i) { return Projections::template RowStart<float>(i) / kParts; };
       auto load = [&](const Number* from, bool varies, int row, Number(&to)[kPerLane][kStates]) {
 #pragma unroll
         for (int j = 0; j < kPerLane; ++j) {
-          if (j && kPlain) {
+          if (j && kVary) {
 #pragma unroll
             for (int n = 0; n < kStates; ++n) to[j][n] = to[0][n];
           } else {
@@ -378,29 +382,37 @@ __global__ void __launch_bounds__(2 * kWalkers, kThreadsTogether / (2 * kWalkers
       // The compiler moves no load across a store: where there are registers for it, sums are
       // stored at the end of the tile, and everywhere what a step needs is loaded a step ahead.
       constexpr bool kStoresLate = kPerLane == 1;
-      Step now, then;
-      load_step(0, now);
+      auto walk = [&](auto restarting, uint32_t restarts) {
+        Step now, then;
+        load_step(0, now);
 #pragma unroll
-      for (int i = 0; i < kTile; ++i) {
-        if (i + 1 < kTile) load_step(i + 1, then);
-        if (i && i % kSum == 0) {
-          sum_over_lanes(i - kSum);
-          if (!kStoresLate) store(i - kSum);
-        }
-#pragma unroll
-        for (int j = 0; j < kPerLane; ++j) {
-          float sum = 0.0f;
-#pragma unroll
-          for (int n = 0; n < kStates; ++n) {
-            if constexpr (!kPlain) h[j][n] = Unless(restarts & 1u << i, h[j][n]);
-            h[j][n] =
-                MultiplyAdd(Decay(rate[j][n], now.step[j].x), h[j][n], now.b[j][n] * now.step[j].y);
-            sum = RealMultiplyAdd(now.c[j][n], h[j][n], sum);
+        for (int i = 0; i < kTile; ++i) {
+          if (i + 1 < kTile) load_step(i + 1, then);
+          if (i && i % kSum == 0) {
+            sum_over_lanes(i - kSum);
+            if (!kStoresLate) store(i - kSum);
           }
-          y[j][i % kSum] = sum;
+#pragma unroll
+          for (int j = 0; j < kPerLane; ++j) {
+            float sum = 0.0f;
+#pragma unroll
+            for (int n = 0; n < kStates; ++n) {
+              if constexpr (decltype(restarting)::value)
+                h[j][n] = Unless(restarts & 1u << i, h[j][n]);
+              h[j][n] = MultiplyAdd(Decay(rate[j][n], now.step[j].x), h[j][n],
+                                    now.b[j][n] * now.step[j].y);
+              sum = RealMultiplyAdd(now.c[j][n], h[j][n], sum);
+            }
+            y[j][i % kSum] = sum;
+          }
+          now = then;
         }
-        now = then;
-      }
+      };
+      const uint32_t restarts = kRestarts && p.has_segments ? staged.restarts : 0;
+      if (kRestarts && restarts)
+        walk(std::true_type{}, restarts);
+      else
+        walk(std::false_type{}, 0);
       sum_over_lanes(kTile - kSum);
 #pragma unroll
       for (int first = kStoresLate ? 0 : kTile - kSum; first < kTile; first += kSum) store(first);
@@ -424,14 +436,14 @@ __global__ void __launch_bounds__(2 * kWalkers, kThreadsTogether / (2 * kWalkers
 }
 
 template <typename Number, int kStates, int kLanes, int kPerLane, int kWalkers, Elements kElements,
-          Layout kLayout>
+          Layout kLayout, bool kQuads = false>
 Error Launch(const Forward& p, const Plan& plan, const ForwardWorkspace& workspace, Stream stream) {
   const auto kernel =
-      ForwardKernel<Number, kStates, kLanes, kPerLane, kWalkers, kElements, kLayout>;
-  constexpr int kShared =
-      sizeof(ForwardShared<Number, kStates, kLanes, kPerLane, kWalkers, kElements, kLayout>);
+      ForwardKernel<Number, kStates, kLanes, kPerLane, kWalkers, kElements, kLayout, kQuads>;
+  constexpr int kShared = sizeof(
+      ForwardShared<Number, kStates, kLanes, kPerLane, kWalkers, kElements, kLayout, kQuads>);
   constexpr int kWaiting = kStates * kPerLane * kWalkers * sizeof(Number);
-  constexpr int kMost = kElements == Elements::kMixed ? kMostStates : kMostPlainStates;
+  constexpr int kMost = kElements == Elements::kGeneral ? kMostStates : kMostPlainStates;
   static_assert(kShared + kMost / (kStates * kLanes) * kWaiting <= kSharedBytes);
   const int bytes = kShared + (plan.state_groups > 1 ? plan.state_groups * kWaiting : 0);
   if (const Error error = AllowSharedBytes(kernel, bytes); error != kSuccess) return error;
@@ -441,34 +453,38 @@ Error Launch(const Forward& p, const Plan& plan, const ForwardWorkspace& workspa
 }
 
 template <Elements kElements, Layout kLayout>
-Error LaunchRegular(const Forward& p, const Plan& plan, const ForwardWorkspace& workspace,
-                    Stream stream) {
+Error LaunchShape(const Forward& p, const Plan& plan, const ForwardWorkspace& workspace,
+                  Stream stream) {
   const auto launch = [&](auto kernel) { return kernel(p, plan, workspace, stream); };
-  if (plan.shape.lanes == 2) return launch(Launch<float, 2, 2, 1, 128, kElements, kLayout>);
   if (plan.shape.lanes == 16) return launch(Launch<float, 4, 16, 2, 128, kElements, kLayout>);
-  if (plan.shape.channels == 2) return launch(Launch<float, 4, 4, 2, 128, kElements, kLayout>);
-  switch (plan.walkers) {
-    case 96:
-      return launch(Launch<float, 4, 4, 1, 96, kElements, kLayout>);
-    case 160:
-      return launch(Launch<float, 4, 4, 1, 160, kElements, kLayout>);
-    default:
-      return launch(Launch<float, 4, 4, 1, 128, kElements, kLayout>);
+  if constexpr (IsRegular(kElements)) {
+    if (plan.shape.lanes == 2) return launch(Launch<float, 2, 2, 1, 128, kElements, kLayout>);
+    if (plan.shape.channels == 2) {
+      if constexpr (kElements == Elements::kFloat && kLayout == Layout::kTimeLast)
+        if (QuadsAligned(p)) return launch(Launch<float, 4, 4, 2, 128, kElements, kLayout, true>);
+      return launch(Launch<float, 4, 4, 2, 128, kElements, kLayout>);
+    }
+    switch (plan.walkers) {
+      case 96:
+        return launch(Launch<float, 4, 4, 1, 96, kElements, kLayout>);
+      case 160:
+        return launch(Launch<float, 4, 4, 1, 160, kElements, kLayout>);
+    }
   }
+  return launch(Launch<float, 4, 4, 1, 128, kElements, kLayout>);
 }
 
 template <Elements kElements>
 Error LaunchLayout(const Forward& p, const Plan& plan, const ForwardWorkspace& workspace,
                    Stream stream) {
-  return p.channel_last ? LaunchRegular<kElements, Layout::kChannelLast>(p, plan, workspace, stream)
-                        : LaunchRegular<kElements, Layout::kTimeLast>(p, plan, workspace, stream);
+  return p.channel_last ? LaunchShape<kElements, Layout::kChannelLast>(p, plan, workspace, stream)
+                        : LaunchShape<kElements, Layout::kTimeLast>(p, plan, workspace, stream);
 }
 
 }  // namespace
 
 Error LaunchForward(const Forward& p, Stream stream) {
-  const Elements elements = PlainElements(p);
-  const Plan plan = Plan::Forward(p, elements);
+  const Plan plan = Plan::Forward(p, ElementsOf(p));
   const ForwardWorkspace workspace(p, plan);
   if (plan.spans > 1) {
     char* base = static_cast<char*>(p.workspace.data);
@@ -476,17 +492,21 @@ Error LaunchForward(const Forward& p, Stream stream) {
         LaunchPieces(p, plan, base + workspace.ends, base + workspace.sum_delta, stream);
     if (error != kSuccess) return error;
   }
-  switch (elements) {
+  switch (plan.elements) {
     case Elements::kFloat:
       return LaunchLayout<Elements::kFloat>(p, plan, workspace, stream);
     case Elements::kBfloat:
       return LaunchLayout<Elements::kBfloat>(p, plan, workspace, stream);
     case Elements::kHalf:
       return LaunchLayout<Elements::kHalf>(p, plan, workspace, stream);
+    case Elements::kMixed:
+      return LaunchLayout<Elements::kMixed>(p, plan, workspace, stream);
+    case Elements::kOdd:
+      return LaunchLayout<Elements::kOdd>(p, plan, workspace, stream);
     default:
-      return IsComplex(p) ? Launch<Complex, 2, 8, 1, 128, Elements::kMixed, Layout::kAny>(
+      return IsComplex(p) ? Launch<Complex, 2, 8, 1, 128, Elements::kGeneral, Layout::kAny>(
                                 p, plan, workspace, stream)
-                          : Launch<float, 2, 8, 1, 128, Elements::kMixed, Layout::kAny>(
+                          : Launch<float, 2, 8, 1, 128, Elements::kGeneral, Layout::kAny>(
                                 p, plan, workspace, stream);
   }
 }

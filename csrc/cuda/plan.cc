@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <vector>
 
 namespace jax_sscan::gpu {
 namespace {
@@ -40,11 +41,12 @@ double TileTime(const Candidate& c, int64_t blocks) {
 }
 
 // The fastest way to cut a problem up, according to the measured times.
-Plan Cut(const Problem& p, std::initializer_list<Candidate> candidates) {
+Plan Cut(const Problem& p, Elements elements, std::initializer_list<Candidate> candidates) {
   Plan best{};
   double best_time = 0.0;
   for (const Candidate& c : candidates) {
     Plan plan{};
+    plan.elements = elements;
     plan.shape = c.shape;
     plan.walkers = c.walkers;
     plan.block_channels = c.walkers / c.shape.lanes * c.shape.channels;
@@ -91,43 +93,67 @@ struct Layout {
   }
 };
 
+bool IsGeneral(const Problem& p) {
+  // Offsets within a tile, in bytes, must fit 32 bits.
+  const int64_t widest =
+      p.channel_last ? kTile * std::max(p.dim, p.groups * p.dstate) : kMostPlainLines * p.length;
+  return !p.B_varies || !p.C_varies || IsComplex(p) || p.dstate > kMostPlainStates ||
+         widest >= int64_t{1} << 30;
+}
+
+// What ElementsOf may say where arrays are known. Plans for either dtype of 16 bits are the same.
+std::vector<Elements> Possible(const Problem& p) {
+  if (IsGeneral(p)) return {Elements::kGeneral};
+  return {Elements::kOdd, Elements::kMixed, Elements::kFloat, Elements::kBfloat};
+}
+
 }  // namespace
 
 Plan Plan::Forward(const Problem& p, Elements elements) {
-  if (elements == Elements::kMixed) return Cut(p, {{{2, 8, 1}, 128, 3, 1.6, 0.75}});
-  if (p.dstate <= 4) return Cut(p, {{{2, 2, 1}, 128, 3, 0.72, 0.42}});
-  if (p.dstate <= 16)
-    return Cut(p, {{{4, 4, 1}, 96, 4, 0.70, 0.335},
-                   {{4, 4, 1}, 128, 3, 0.65, 0.41},
-                   {{4, 4, 1}, 160, 2, 0.79, 0.55},
-                   {{4, 4, 2}, 128, 3, 1.08, 0.78}});
-  return Cut(p, {{{4, 16, 2}, 128, 3, 1.3, 0.58}});
+  auto cut = [&](std::initializer_list<Candidate> candidates) {
+    return Cut(p, elements, candidates);
+  };
+  if (elements == Elements::kGeneral) return cut({{{2, 8, 1}, 128, 3, 1.6, 0.75}});
+  if (!IsRegular(elements))
+    return p.dstate > 16 ? cut({{{4, 16, 2}, 128, 2, 1.6, 0.8}})
+                         : cut({{{4, 4, 1}, 128, 3, 0.9, 0.6}});
+  if (p.dstate > 16) return cut({{{4, 16, 2}, 128, 3, 1.3, 0.58}});
+  if (p.dstate <= 4) return cut({{{2, 2, 1}, 128, 3, 0.72, 0.42}});
+  return cut({{{4, 4, 1}, 96, 4, 0.70, 0.335},
+              {{4, 4, 1}, 128, 3, 0.65, 0.41},
+              {{4, 4, 1}, 160, 2, 0.79, 0.55},
+              {{4, 4, 2}, 128, 3, 1.08, 0.78}});
 }
 
 Plan Plan::Backward(const Problem& p, Elements elements, bool little_shared) {
   // 16 states or fewer are one group.
-  if (elements == Elements::kMixed) {
+  if (little_shared && (!IsRegular(elements) || p.dstate > 16)) elements = Elements::kGeneral;
+  auto cut = [&](std::initializer_list<Candidate> candidates) {
+    return Cut(p, elements, candidates);
+  };
+  if (elements == Elements::kGeneral) {
     const Shape shape = IsComplex(p) ? Shape{1, 16, 1} : Shape{2, 8, 1};
-    if (p.dstate <= shape.group()) return Cut(p, {{shape, 416, 1, 9.0, 0.0}});
-    return Cut(p, {{shape, 384, 1, 12.0, 0.0}});
+    if (p.dstate <= shape.group()) return cut({{shape, 416, 1, 9.0, 0.0}});
+    return cut({{shape, 384, 1, 12.0, 0.0}});
   }
-  if (p.dstate > 16) return Cut(p, {{{2, 8, 2}, 384, 1, 4.2, 0.0}});
-  if (little_shared) return Cut(p, {{{4, 4, 2}, 128, 1, 6.1, 0.0}});
-  return Cut(p, {{{2, 8, 2}, 384, 1, 4.1, 0.0},
-                 {{2, 8, 2}, 320, 1, 3.85, 0.0},
-                 {{4, 4, 2}, 256, 1, 5.6, 0.0}});
+  if (!IsRegular(elements) || p.dstate > 16)
+    return cut({{{2, 8, 2}, 384, 1, IsRegular(elements) ? 4.2 : 6.0, 0.0}});
+  if (little_shared) return cut({{{4, 4, 2}, 128, 1, 6.1, 0.0}});
+  return cut({{{2, 8, 2}, 384, 1, 4.1, 0.0},
+              {{2, 8, 2}, 320, 1, 3.85, 0.0},
+              {{4, 4, 2}, 256, 1, 5.6, 0.0}});
 }
 
 int64_t ForwardWorkspace::Enough(const Problem& p) {
   int64_t enough = 0;
-  for (Elements elements : {Elements::kMixed, Elements::kFloat, Elements::kBfloat})
+  for (Elements elements : Possible(p))
     enough = std::max(enough, ForwardWorkspace(p, Plan::Forward(p, elements)).bytes);
   return enough;
 }
 
 int64_t BackwardWorkspace::Enough(const Problem& p) {
   int64_t enough = 0;
-  for (Elements elements : {Elements::kMixed, Elements::kFloat, Elements::kBfloat})
+  for (Elements elements : Possible(p))
     for (bool little_shared : {false, true})
       enough =
           std::max(enough, BackwardWorkspace(p, Plan::Backward(p, elements, little_shared)).bytes);
@@ -163,7 +189,7 @@ BackwardWorkspace::BackwardWorkspace(const Problem& p, const Plan& plan) {
 namespace {
 
 // Arrays that are not there say nothing.
-Elements ElementsOf(std::initializer_list<Array> arrays) {
+Elements DtypeOf(std::initializer_list<Array> arrays) {
   DataType dtype = DataType::INVALID;
   for (const Array& x : arrays) {
     if (!x) continue;
@@ -182,37 +208,42 @@ Elements ElementsOf(std::initializer_list<Array> arrays) {
   }
 }
 
-bool PairsAligned(std::initializer_list<Array> arrays) {
+bool Aligned(std::initializer_list<Array> arrays, int count) {
   for (const Array& x : arrays) {
-    if (x && reinterpret_cast<uintptr_t>(x.data) % (2 * ffi::ByteWidth(x.dtype))) return false;
+    if (x && reinterpret_cast<uintptr_t>(x.data) % (count * ffi::ByteWidth(x.dtype))) return false;
   }
   return true;
 }
 
-Elements Plain(const Problem& p, std::initializer_list<Array> arrays) {
+Elements ElementsOf(const Problem& p, std::initializer_list<Array> arrays) {
+  if (IsGeneral(p)) return Elements::kGeneral;
   const bool sequences_even = (p.channel_last ? p.group_dim() : p.length) % 2 == 0;
   const bool projections_even = (p.channel_last ? p.dstate : p.length) % 2 == 0;
-  // The forward kernels of the plain case have less shared memory to spare for waiting states.
-  const bool few_states = p.dstate <= kMostPlainStates;
-  // Offsets within a tile, in bytes, must fit 32 bits.
-  const int64_t widest =
-      p.channel_last ? kTile * std::max(p.dim, p.groups * p.dstate) : kMostPlainLines * p.length;
-  const bool plain = p.B_varies && p.C_varies && !p.has_segments && !IsComplex(p) && few_states &&
-                     widest < int64_t{1} << 30;
-  return plain && sequences_even && projections_even && PairsAligned(arrays) ? ElementsOf(arrays)
-                                                                             : Elements::kMixed;
+  if (!sequences_even || !projections_even || !Aligned(arrays, 2)) return Elements::kOdd;
+  return p.has_segments ? Elements::kMixed : DtypeOf(arrays);
 }
 
 }  // namespace
 
-Elements PlainElements(const Forward& p) {
+Elements ElementsOf(const Forward& p) {
   const Operands& o = p.operands;
-  return Plain(p, {o.u, o.delta, o.B, o.C, o.z, p.out});
+  return ElementsOf(p, {o.u, o.delta, o.B, o.C, o.z, p.out});
 }
 
-Elements PlainElements(const Backward& p) {
+Elements ElementsOf(const Backward& p) {
   const Operands &o = p.operands, &ct = p.cotangents;
-  return Plain(p, {o.u, o.delta, o.B, o.C, o.z, p.out_cotangent, ct.u, ct.delta, ct.B, ct.C, ct.z});
+  return ElementsOf(
+      p, {o.u, o.delta, o.B, o.C, o.z, p.out_cotangent, ct.u, ct.delta, ct.B, ct.C, ct.z});
+}
+
+bool QuadsAligned(const Forward& p) {
+  const Operands& o = p.operands;
+  return p.length % 4 == 0 && Aligned({o.u, o.delta, o.z}, 4);
+}
+
+bool QuadsAligned(const Backward& p) {
+  const Operands& o = p.operands;
+  return p.length % 4 == 0 && Aligned({o.u, o.delta, o.z, p.out_cotangent}, 4);
 }
 
 }  // namespace jax_sscan::gpu

@@ -27,8 +27,12 @@ constexpr int64_t kMostPlainLines = 128;
 // Shared memory that a block can have, of an H100 or H200 and of an A100.
 constexpr int64_t kSharedBytes = 227 * 1024, kLittleSharedBytes = 163 * 1024;
 
-// How the elements of some arrays are stored: all in one dtype, or in one each.
-enum class Elements { kMixed, kFloat, kBfloat, kHalf };
+// What a kernel has to reckon with along the sequence. kGeneral: with everything. kOdd: B and C
+// vary and are real, and sizes are not huge. kMixed: what is more, neighbours in memory may be
+// moved two at a time. The others are regular: what is more, all is stored in that dtype, and the
+// state never starts anew.
+enum class Elements { kGeneral, kOdd, kMixed, kFloat, kBfloat, kHalf };
+constexpr bool IsRegular(Elements e) { return e > Elements::kMixed; }
 
 // One way to lay a scan over threads: a channel's states lie on `lanes` lanes of a warp, `states`
 // on each, and a lane serves `channels` adjacent channels at once.
@@ -38,6 +42,7 @@ struct Shape {
 };
 
 struct Plan {
+  Elements elements;
   Shape shape;
   int walkers;           // threads of a block that compute states
   int block_channels;    // channels of a block, all of one group and batch row
@@ -51,8 +56,8 @@ struct Plan {
   int pieces, piece_tiles;  // of a span, in that pass
   int state_groups;         // groups of states taken in turn
 
-  // elements: what PlainElements says.
-  // little_shared: a block has less than kSharedBytes.
+  // elements: what ElementsOf says.
+  // little_shared: a block has less than kSharedBytes, for which some kernels want another's place.
   static Plan Forward(const Problem& p, Elements elements);
   static Plan Backward(const Problem& p, Elements elements, bool little_shared);
 };
@@ -80,9 +85,11 @@ struct BackwardWorkspace {
   static int64_t Enough(const Problem& p);
 };
 
-// The dtype that all arrays along the sequence share, where the case is plain and neighbours in
-// memory may be moved two at a time; kMixed otherwise.
-Elements PlainElements(const Forward& p);
-Elements PlainElements(const Backward& p);
+Elements ElementsOf(const Forward& p);
+Elements ElementsOf(const Backward& p);
+
+// Whether four floats may be loaded at once of each sequence, where time is last.
+bool QuadsAligned(const Forward& p);
+bool QuadsAligned(const Backward& p);
 
 }  // namespace jax_sscan::gpu

@@ -39,12 +39,13 @@ struct SpanShape {
 template <typename Number, Elements kElements, Layout kLayout>
 struct SpanShared : SpanShape<Number> {
   using SpanShape<Number>::kChannels, SpanShape<Number>::kGroup;
-  static constexpr bool kPlain = kElements != Elements::kMixed;
+  static constexpr bool kVary = kElements != Elements::kGeneral;
+  static constexpr bool kRestarts = !IsRegular(kElements);
   using Sequences = Tile<kStagers, kChannels, 2, kElements, kLayout, true>;
   using Projections =
       Tile<kStagers, kGroup * NumberTraits<Number>::kParts, 4, kElements, kLayout, true>;
   static constexpr int kRow = Projections::kRow / NumberTraits<Number>::kParts;
-  static constexpr int kRows = kPlain || kTile > kChannels ? kTile : kChannels;
+  static constexpr int kRows = kVary || kTile > kChannels ? kTile : kChannels;
   // One is walked, the other staged.
   alignas(16) float2 steps[2][Sequences::kCells];  // delta, input
   alignas(16) Number B[2][kRows * kRow];
@@ -65,7 +66,7 @@ __global__ void __launch_bounds__(kThreads)
   using Shared = SpanShared<Number, kElements, kLayout>;
   using Sequences = typename Shared::Sequences;
   using Projections = typename Shared::Projections;
-  constexpr bool kPlain = Shared::kPlain;
+  constexpr bool kVary = Shared::kVary, kRestarts = Shared::kRestarts;
   constexpr int kStates = Shared::kStates, kLanes = Shared::kLanes;
   constexpr int kChannels = Shared::kChannels, kGroup = Shared::kGroup;
   constexpr int kRow = Shared::kRow, kParts = NumberTraits<Number>::kParts;
@@ -76,7 +77,7 @@ __global__ void __launch_bounds__(kThreads)
   const bool reversed = p.reverse != kBackward;
   StageVectors<kThreads, kChannels>(p, block, shared.vectors);
   const Array& from_B = kBackward ? o.C : o.B;
-  const bool varies = kPlain || (kBackward ? p.C_varies : p.B_varies);
+  const bool varies = kVary || (kBackward ? p.C_varies : p.B_varies);
   const int groups = plan.state_groups;
 
   // A piece of the span-th in the order of this pass; its tiles in that order.
@@ -112,8 +113,6 @@ __global__ void __launch_bounds__(kThreads)
 
   if (walker < 0) {
     const int stager = static_cast<int>(threadIdx.x);
-    const Sequences sequences(SequenceLines(p, block), reversed, stager);
-    const Projections projections(ProjectionLines<kParts>(p, block), reversed, stager);
     const bool has_z = kBackward && o.z.data != nullptr;
     const Array& from_input = [&]() -> const Array& {
       if constexpr (kBackward)
@@ -121,6 +120,8 @@ __global__ void __launch_bounds__(kThreads)
       else
         return o.u;
     }();
+    const Sequences sequences(SequenceLines(p, block), reversed, stager);
+    const Projections projections(ProjectionLines<kParts>(p, block), reversed, stager);
     auto rows_of = [&](int i) {
       // The last stretch may begin before the span.
       if (forgets) i = tiles - (i / kStretch + 1) * kStretch + i % kStretch;
@@ -165,7 +166,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
         for (int k = 0; k < Sequences::kCount; ++k) {
           if (!sequences.Mine(k)) continue;
-          float2 value = sequences.Widen(delta.pair[k], o.delta);
+          float2 value = sequences.Widen(delta.pair[k], k, o.delta);
           const float2 bias = sequences.OfLines(shared.vectors.delta_bias, k);
           value = {value.x + bias.x, value.y + bias.y};
           if (p.delta_softplus)
@@ -174,10 +175,10 @@ __global__ void __launch_bounds__(kThreads)
           // Steps that are not there have delta 0, whatever the bias.
           if (!sequences.Exists(k, 0, rows)) value.x = 0.0f;
           if (!sequences.Exists(k, 1, rows)) value.y = 0.0f;
-          float2 in = sequences.Widen(input.pair[k], from_input);
+          float2 in = sequences.Widen(input.pair[k], k, from_input);
           if constexpr (!kBackward) in = {in.x * value.x, in.y * value.y};
           if (has_z) {
-            const float2 x = sequences.Widen(z.pair[k], o.z);
+            const float2 x = sequences.Widen(z.pair[k], k, o.z);
             in = {in.x * x.x * Sigmoid<kExact<kElements>>(x.x),
                   in.y * x.y * Sigmoid<kExact<kElements>>(x.y)};
           }
@@ -185,7 +186,7 @@ __global__ void __launch_bounds__(kThreads)
           if constexpr (kBackward) in = {in.x * kParts, in.y * kParts};
           sequences.Put(shared.steps[to], k, {value.x, in.x}, {value.y, in.y});
         }
-        if (!kPlain && p.has_segments && stager < kWarp) {
+        if (kRestarts && p.has_segments && stager < kWarp) {
           const uint32_t restarts = Restarts(p, block.row, rows);
           if (stager == 0) shared.restarts[to] = restarts;
         }
@@ -194,7 +195,7 @@ __global__ void __launch_bounds__(kThreads)
       if (varies) {
 #pragma unroll
         for (int k = 0; k < Projections::kCount; ++k) {
-          const float2 x = projections.Widen(B.pair[k], from_B);
+          const float2 x = projections.Widen(B.pair[k], k, from_B);
           projections.Put(reinterpret_cast<float*>(to), k, x.x, x.y);
         }
       } else {
@@ -253,7 +254,7 @@ __global__ void __launch_bounds__(kThreads)
       } else {
         Meet<kThreads>();
       }
-      if (!kPlain && p.has_segments) restarts = shared.restarts[tile & 1];
+      if (kRestarts && p.has_segments) restarts = shared.restarts[tile & 1];
       const Number* at_B = shared.B[turn] + lane * kStates + (varies ? 0 : channel * kRow);
       auto start_B = [&](int i) {
         return varies ? Projections::template RowStart<float>(i) / kParts : 0;
@@ -267,12 +268,12 @@ __global__ void __launch_bounds__(kThreads)
         [[maybe_unused]] const bool restart = restarts & 1u << i;
 #pragma unroll
         for (int n = 0; n < kStates; ++n) {
-          if constexpr (!kPlain && !kBackward) h[n] = Unless(restart, h[n]);
+          if constexpr (kRestarts && !kBackward) h[n] = Unless(restart, h[n]);
           if constexpr (kBackward)
             h[n] = Decay(rate[n], step.x) * MultiplyAdd(b[n], step.y, h[n]);
           else
             h[n] = MultiplyAdd(Decay(rate[n], step.x), h[n], b[n] * step.y);
-          if constexpr (!kPlain && kBackward) h[n] = Unless(restart, h[n]);
+          if constexpr (kRestarts && kBackward) h[n] = Unless(restart, h[n]);
         }
       }
       if (groups > 1) {
@@ -340,29 +341,35 @@ Error Launch(const Pass& p, Plan plan, Number* ends, float* sum_delta, Stream st
     return LastError();
   };
   const bool forgets = plan.span_tiles >= kLongSpan && p.delta_softplus && plan.state_groups == 1;
-  [[maybe_unused]] auto launch_regular = [&](auto elements, auto layout) {
-    return forgets ? launch(elements, layout, std::true_type{})
-                   : launch(elements, layout, std::false_type{});
-  };
-  [[maybe_unused]] auto launch_layout = [&](auto elements) {
+  [[maybe_unused]] auto launch_layout = [&](auto elements, auto forgets) {
     return p.channel_last
-               ? launch_regular(elements, std::integral_constant<Layout, Layout::kChannelLast>{})
-               : launch_regular(elements, std::integral_constant<Layout, Layout::kTimeLast>{});
+               ? launch(elements, std::integral_constant<Layout, Layout::kChannelLast>{}, forgets)
+               : launch(elements, std::integral_constant<Layout, Layout::kTimeLast>{}, forgets);
+  };
+  [[maybe_unused]] auto launch_irregular = [&](auto elements) {
+    return launch_layout(elements, std::false_type{});
+  };
+  [[maybe_unused]] auto launch_regular = [&](auto elements) {
+    return forgets ? launch_layout(elements, std::true_type{}) : launch_irregular(elements);
   };
   auto choose = [&] {
     if constexpr (std::is_same_v<Number, float>) {
-      switch (PlainElements(p)) {
+      switch (plan.elements) {
         case Elements::kFloat:
-          return launch_layout(std::integral_constant<Elements, Elements::kFloat>{});
+          return launch_regular(std::integral_constant<Elements, Elements::kFloat>{});
         case Elements::kBfloat:
-          return launch_layout(std::integral_constant<Elements, Elements::kBfloat>{});
+          return launch_regular(std::integral_constant<Elements, Elements::kBfloat>{});
         case Elements::kHalf:
-          return launch_layout(std::integral_constant<Elements, Elements::kHalf>{});
+          return launch_regular(std::integral_constant<Elements, Elements::kHalf>{});
+        case Elements::kMixed:
+          return launch_irregular(std::integral_constant<Elements, Elements::kMixed>{});
+        case Elements::kOdd:
+          return launch_irregular(std::integral_constant<Elements, Elements::kOdd>{});
         default:
           break;
       }
     }
-    return launch(std::integral_constant<Elements, Elements::kMixed>{},
+    return launch(std::integral_constant<Elements, Elements::kGeneral>{},
                   std::integral_constant<Layout, Layout::kAny>{}, std::false_type{});
   };
   return choose();

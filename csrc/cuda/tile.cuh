@@ -89,15 +89,20 @@ __device__ inline DataType DtypeOf(const Array& array) {
 
 // Whether numbers are worth the last ulp.
 template <Elements kElements>
-constexpr bool kExact = kElements == Elements::kFloat || kElements == Elements::kMixed;
+constexpr bool kExact = kElements == Elements::kFloat || !IsRegular(kElements);
 
+// Without branches where the dtype is not known to the code: they would part pairs that are staged
+// side by side.
 __device__ inline float2 Widen(uint2 raw, DataType dtype) {
-  if (dtype == DataType::F32) return {__uint_as_float(raw.x), __uint_as_float(raw.y)};
-  return dtype == DataType::BF16 ? FromBfloats(raw.x) : FromHalves(raw.x);
+  const float2 bfloats = FromBfloats(raw.x), halves = FromHalves(raw.x);
+  const bool is_bfloat = dtype == DataType::BF16, is_float = dtype == DataType::F32;
+  const float2 short_floats{is_bfloat ? bfloats.x : halves.x, is_bfloat ? bfloats.y : halves.y};
+  return {is_float ? __uint_as_float(raw.x) : short_floats.x,
+          is_float ? __uint_as_float(raw.y) : short_floats.y};
 }
 __device__ inline uint2 Narrow(float x, float y, DataType dtype) {
-  if (dtype == DataType::F32) return {__float_as_uint(x), __float_as_uint(y)};
-  return {dtype == DataType::BF16 ? ToBfloats(x, y) : ToHalves(x, y), 0};
+  const uint32_t shorts = dtype == DataType::BF16 ? ToBfloats(x, y) : ToHalves(x, y);
+  return {dtype == DataType::F32 ? __float_as_uint(x) : shorts, __float_as_uint(y)};
 }
 
 // Where the lines of a tile lie: element `start + t * step + line * stride` and its neighbour,
@@ -129,18 +134,20 @@ __device__ inline Lines ProjectionLines(const Problem& p, const Block& block) {
 }
 
 // kPad: cells to a row of shared memory beyond its lines, against bank conflicts. Pairs stay
-// aligned. kElements: where it is one dtype, pairs exist or lack as one and are aligned; where it
-// is kMixed, arrays have a dtype each and elements move one by one. kSkewed: rows as Skew says.
+// aligned. kSkewed: rows as Skew says. kQuads: rows of 16 floats are loaded by
+// quads, past the L1 cache, where half a line of memory takes a line. Then a lane copies for two of
+// its warp, which have to meet before they take, and before they send again.
 template <int kThreads, int kLines, int kPad, Elements kElements, Layout kLayout,
-          bool kSkewed = false>
+          bool kSkewed = false, bool kQuads = false>
 class Tile {
  public:
-  static constexpr bool kRegular = kElements != Elements::kMixed;
+  static constexpr bool kRegular = IsRegular(kElements);
+  static constexpr bool kByPairs = kRegular || kElements == Elements::kMixed;
   // Offsets in memory count bytes where the dtype is known to the code, elements where it is not.
   static constexpr int kUnit = kElements == Elements::kFloat ? 4 : kRegular ? 2 : 1;
-  // Within a tile; 32 bits do for regular ones, see PlainElements.
-  static_assert(!kRegular || kLines <= kMostPlainLines);
-  using Offset = std::conditional_t<kRegular, uint32_t, int64_t>;
+  // Within a tile; 32 bits do for all but the general kernels, see IsGeneral.
+  static_assert(kElements == Elements::kGeneral || kLines <= kMostPlainLines);
+  using Offset = std::conditional_t<kElements == Elements::kGeneral, int64_t, uint32_t>;
   static constexpr int kRow = kLines + kPad;
   // Where pairs are steps, half a warp, or a whole one where cells are floats, puts down every
   // second row of a few lines. For these to lie on different banks, the second half of the rows is
@@ -181,6 +188,9 @@ class Tile {
     __device__ constexpr int Number() const { return row * kAcross + across; }
   };
 
+  static_assert(!kQuads || (kElements == Elements::kFloat && kLayout == Layout::kTimeLast &&
+                            kPairs % (2 * kThreads) == 0));
+
   // thread: of the kThreads that move it.
   __device__ Tile(const Lines& lines, bool reversed, int thread)
       : thread_(thread),
@@ -211,6 +221,14 @@ class Tile {
     const int row = reversed ? kTile - 1 - offset_ : offset_;
     cell_ = RowStart<float>(row) + line_;
     row_ = reversed ? -kRow : kRow;
+    if constexpr (kQuads) {
+      const int lane = thread % kWarp, half = lane / (kWarp / 2);
+      const int quad = thread - lane + lane % (kWarp / 2) * 2;
+      quad_ = half * kThreads + quad;
+      quad_offset_ = quad_ % (kTile / 2) * 2, quad_line_ = quad_ / (kTile / 2);
+      from_quad_ =
+          static_cast<int>((quad_offset_ - offset_) * step_ + (quad_line_ - line_) * stride_);
+    }
   }
 
   // Of pair k of the calling thread, among all.
@@ -228,7 +246,7 @@ class Tile {
   }
   // Whether the element is there. Lines count from `first_line`.
   __device__ bool Exists(Place k, int e, const Rows& rows, int first_line = 0) const {
-    if (kRegular) e = 0;
+    if (kByPairs) e = 0;
     const int offset = offset_ + OffsetTo(k) + (PairsAreSteps() ? e : 0), line = LineOf(k, e);
     return Mine(k) && offset < rows.steps && first_line + line < count_;
   }
@@ -248,8 +266,26 @@ class Tile {
                                   uint32_t, uint2>;
   __device__ void Prefetch(const Array& from, int64_t at, const Rows& rows, Slot* slots,
                            int first_line = 0, bool wanted = true) const {
+    if constexpr (kQuads) {
 #pragma unroll
-    for (int k = 0; k < kCount; ++k) PrefetchPair(from, at, rows, slots, k, k, wanted, first_line);
+      for (int k = 0; k < kCount; k += 2) PrefetchQuad(from, at, rows, slots, k, k, wanted);
+    } else {
+#pragma unroll
+      for (int k = 0; k < kCount; ++k)
+        PrefetchPair(from, at, rows, slots, k, k, wanted, first_line);
+    }
+  }
+  // Pairs k and k + 1, for k even, of the whole warp.
+  __device__ void PrefetchQuad(const Array& from, int64_t at, const Rows& rows, Slot* slots,
+                               Place k, Place slot, bool wanted = true) const {
+    const bool exists = wanted && quad_offset_ < rows.steps && quad_line_ + LineTo(k) < count_;
+    CopyAsync<16>(slots + slot.Number() * kThreads + quad_,
+                  static_cast<const char*>(from.data) + (at + from_quad_ + ElementTo(k)),
+                  exists ? 16 : 0);
+  }
+  // Before a thread takes what it waited for, and before it sends for more to the same place.
+  __device__ void MeetForCopies() const {
+    if (kQuads) MeetLanes();
   }
   __device__ void PrefetchPair(const Array& from, int64_t at, const Rows& rows, Slot* slots,
                                Place k, Place slot, bool wanted = true, int first_line = 0) const {
@@ -258,19 +294,20 @@ class Tile {
     const bool first = wanted && Exists(k, 0, rows, first_line),
                second = wanted && Exists(k, 1, rows, first_line);
     if constexpr (kRegular) {
-      CopyAsync<sizeof(Slot)>(to, static_cast<const char*>(from.data) + i, first);
+      CopyAsync<sizeof(Slot)>(to, static_cast<const char*>(from.data) + i,
+                              first ? sizeof(Slot) : 0);
     } else {
-      uint2 pair{0, 0};
-      if (from.dtype == DataType::F32 || from.dtype == DataType::C64) {
-        const uint32_t* data = static_cast<const uint32_t*>(from.data) + i;
-        if (first) pair.x = __ldg(data);
-        if (second) pair.y = __ldg(data + 1);
+      const bool word = IsWord(from);
+      const char* data = static_cast<const char*>(from.data) + i * (word ? 4 : 2);
+      if constexpr (kByPairs) {
+        CopyPairAsync(to, data, word, first);
       } else {
-        const uint16_t* data = static_cast<const uint16_t*>(from.data) + i;
-        if (first) pair.x = __ldg(data);
-        if (second) pair.x |= static_cast<uint32_t>(__ldg(data + 1)) << 16;
+        // No less than words can be copied: of two bytes each, elements lie in one or in two.
+        const bool halves = !word && reinterpret_cast<uintptr_t>(data) & 2;
+        data -= halves ? 2 : 0;
+        CopyAsync<4>(&to->x, data, word || halves ? 4 * first : 2 * (first + second));
+        CopyAsync<4>(&to->y, data + 4, word ? 4 * second : halves ? 2 * second : 0);
       }
-      *to = pair;
     }
   }
   __device__ uint2 Take(const Slot* slots, Place k) const {
@@ -287,8 +324,14 @@ class Tile {
     return raw;
   }
 
-  __device__ float2 Widen(uint2 pair, const Array& from) const {
-    return gpu::Widen(pair, DtypeOf<kElements>(from));
+  // What a slot of pair k holds.
+  __device__ float2 Widen(uint2 raw, Place k, const Array& from) const {
+    if (!kByPairs && !IsWord(from)) {
+      // The same for all tiles, which are an even number of elements apart.
+      const uintptr_t at = reinterpret_cast<uintptr_t>(from.data) + 2 * (start_ + ElementTo(k));
+      if (at & 2) raw.x = raw.x >> 16 | raw.y << 16;
+    }
+    return gpu::Widen(raw, DtypeOf<kElements>(from));
   }
 
   __device__ void Store(const Array& to, int64_t at, const Rows& rows, Place k, float x, float y,
@@ -300,14 +343,20 @@ class Tile {
       if (first) *reinterpret_cast<uint2*>(static_cast<char*>(to.data) + i) = pair;
     } else if constexpr (kRegular) {
       if (first) *reinterpret_cast<uint32_t*>(static_cast<char*>(to.data) + i) = pair.x;
-    } else if (to.dtype == DataType::F32) {
-      uint32_t* data = static_cast<uint32_t*>(to.data) + i;
-      if (first) data[0] = pair.x;
-      if (second) data[1] = pair.y;
     } else {
-      uint16_t* data = static_cast<uint16_t*>(to.data) + i;
-      if (first) data[0] = static_cast<uint16_t>(pair.x);
-      if (second) data[1] = static_cast<uint16_t>(pair.x >> 16);
+      const bool word = IsWord(to);
+      char* const data = static_cast<char*>(to.data) + i * (word ? 4 : 2);
+      if constexpr (kByPairs) {
+        if (first && word) *reinterpret_cast<uint2*>(data) = pair;
+        if (first && !word) *reinterpret_cast<uint32_t*>(data) = pair.x;
+      } else {
+        uint32_t* const words = reinterpret_cast<uint32_t*>(data);
+        uint16_t* const shorts = reinterpret_cast<uint16_t*>(data);
+        if (first && word) words[0] = pair.x;
+        if (second && word) words[1] = pair.y;
+        if (first && !word) shorts[0] = static_cast<uint16_t>(pair.x);
+        if (second && !word) shorts[1] = static_cast<uint16_t>(pair.x >> 16);
+      }
     }
   }
 
@@ -348,6 +397,9 @@ class Tile {
   __device__ bool PairsAreSteps() const {
     return kLayout == Layout::kAny ? pairs_are_steps_ : kLayout == Layout::kTimeLast;
   }
+  __device__ static bool IsWord(const Array& array) {
+    return array.dtype == DataType::F32 || array.dtype == DataType::C64;
+  }
   // From a thread's first pair to pair k.
   __device__ int OffsetTo(Place k) const {
     if (kLayout == Layout::kAny) return k.row * next_offset_;
@@ -362,6 +414,9 @@ class Tile {
   }
 
   int thread_;
+  // The slot of the first quad that this thread copies, what is in it, and how far that is from the
+  // thread's first pair.
+  int quad_, quad_offset_, quad_line_, from_quad_;
   int64_t start_, step_, stride_;
   Offset next_element_;
   bool reversed_;

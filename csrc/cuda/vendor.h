@@ -69,6 +69,9 @@ __device__ inline void Meet() {
   asm volatile("bar.sync %0, %1;" ::"n"(kPlace), "n"(kThreads) : "memory");
 }
 
+// Lanes see what others of their warp wrote, and copied and waited for, to shared memory.
+__device__ inline void MeetLanes() { __syncwarp(); }
+
 // The same for one warp, at a place of its own.
 __device__ inline void MeetWarp(int place) {
   asm volatile("bar.sync %0, %1;" ::"r"(place), "n"(kWarp) : "memory");
@@ -89,15 +92,31 @@ __device__ inline bool MeetAny(bool x) {
   return any;
 }
 
-// Copies kBytes (4, 8 or 16), or as many zeros, to shared memory without a register; there once
-// the same thread has called SendCopies and, as late as it can, WaitForCopies, which does not wait
-// for the last kSentLater that were sent.
+// Copies `bytes` there are of kBytes (4, 8 or 16), then zeros, to shared memory without a register;
+// there once the same thread has called SendCopies and, as late as it can, WaitForCopies, which
+// does not wait for the last kSentLater that were sent.
 template <int kBytes>
-__device__ inline void CopyAsync(void* to, const void* from, bool exists) {
+__device__ inline void CopyAsync(void* to, const void* from, int bytes) {
   const uint32_t shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared), "l"(from),
-               "n"(kBytes), "r"(exists ? kBytes : 0)
-               : "memory");
+  if constexpr (kBytes == 16)  // past the L1 cache
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(from),
+                 "r"(bytes)
+                 : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], %2, %3;" ::"r"(shared), "l"(from),
+                 "n"(kBytes), "r"(bytes)
+                 : "memory");
+}
+// The same for a pair of words or of half words, without a branch.
+__device__ inline void CopyPairAsync(void* to, const void* from, bool words, bool exists) {
+  const uint32_t shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  asm volatile(
+      "{ .reg .pred words;\n"
+      "setp.ne.s32 words, %2, 0;\n"
+      "@words cp.async.ca.shared.global.L2::128B [%0], [%1], 8, %3;\n"
+      "@!words cp.async.ca.shared.global.L2::128B [%0], [%1], 4, %3; }" ::"r"(shared),
+      "l"(from), "r"(static_cast<int>(words)), "r"(exists ? (words ? 8 : 4) : 0)
+      : "memory");
 }
 __device__ inline void SendCopies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kSentLater = 0>
