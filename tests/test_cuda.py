@@ -181,21 +181,39 @@ def test_spans_agree_with_the_whole(batch: int, dim: int, length: int, reverse: 
 @pytest.mark.gpu
 @pytest.mark.parametrize("layout", ["bdl", "bld"])
 @pytest.mark.parametrize(
-    "batch, dim",
+    "batch, dim, length",
     [
-        pytest.param(2, 60, id="few channels"),
-        pytest.param(2, 2650, id="blocks of 24 channels"),
-        pytest.param(16, 250, id="of 32"),
-        pytest.param(3, 1690, id="of 40"),
-        pytest.param(70, 190, id="two channels a lane, backward by blocks of 64"),
-        pytest.param(8, 1530, id="backward by blocks of 96"),
-        pytest.param(16, 1020, id="backward by blocks of 128"),
+        pytest.param(2, 60, 34, id="few channels"),
+        pytest.param(2, 2650, 34, id="blocks of 24 channels"),
+        pytest.param(16, 250, 34, id="of 32"),
+        pytest.param(3, 1690, 34, id="of 40"),
+        pytest.param(70, 190, 34, id="two channels a lane, backward by blocks of 64"),
+        pytest.param(70, 190, 36, id="two channels a lane, moved by quads"),
+        pytest.param(8, 1530, 34, id="backward by blocks of 96"),
+        pytest.param(16, 1020, 34, id="backward by blocks of 128"),
+        pytest.param(16, 1020, 36, id="backward by blocks of 128, moved by quads"),
     ],
 )
-def test_every_shape_of_block(batch: int, dim: int, layout: str) -> None:
+def test_every_shape_of_block(batch: int, dim: int, length: int, layout: str) -> None:
     """Sizes for which the plan (csrc/cuda/plan.cc) takes each of its kernels of 16 states; none fills its blocks."""
     case = Case(
-        "blocks", batch=batch, dim=dim, length=34, dstate=16, layout=layout,
+        "blocks", batch=batch, dim=dim, length=length, dstate=16, layout=layout,
+        initial_state=True, last_state=True, **MAMBA,
+    )  # fmt: skip
+    check_case(case, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["bdl", "bld"])
+@pytest.mark.parametrize("dstate", [16, 40])
+@pytest.mark.parametrize("length", [50, 51, 700])
+@pytest.mark.parametrize("projections", ["bfloat16", "float32"])
+@pytest.mark.parametrize("segments", [False, True])
+def test_every_way_of_storing(projections: str, length: int, segments: bool, dstate: int, layout: str) -> None:
+    """Dtypes alike or not, sizes even or odd (of bld: dim), with and without segments, in one span and in several."""
+    case = Case(
+        "storage", batch=2, dim=200 - length % 2, length=length, dstate=dstate, layout=layout, segments=segments,
+        u_dtype="bfloat16", delta_dtype=projections, z_dtype="bfloat16", B_dtype=projections, C_dtype=projections,
         initial_state=True, last_state=True, **MAMBA,
     )  # fmt: skip
     check_case(case, "cuda")

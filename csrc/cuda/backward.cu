@@ -51,12 +51,11 @@ namespace {
 __host__ __device__ constexpr int Log2(int x) { return x <= 1 ? 0 : 1 + Log2(x / 2); }
 
 template <typename Number, int kStates, int kLanes, int kPerLane, int kWalkers, int kStagers,
-          bool kWaits, Elements kElements, Layout kLayout, bool kQuads>
+          bool kWaits, Elements kElements, Layout kLayout, bool kRestarts, bool kQuads>
 struct BackwardShared {
   static constexpr int kChannels = kWalkers / kLanes * kPerLane, kGroup = kStates * kLanes;
   static constexpr int kParts = NumberTraits<Number>::kParts;
   static constexpr bool kVary = kElements != Elements::kGeneral;
-  static constexpr bool kRestarts = !IsRegular(kElements);
   // Those who stage come after those who walk, or are the same.
   static constexpr int kStaging = kStagers ? kStagers : kWalkers, kFirst = kStagers ? kWalkers : 0;
   // Warps are dealt to the four schedulers in turn. Where ten walk, two of the five that stage are
@@ -159,20 +158,20 @@ __device__ inline void Split(float x, float* to) { to[0] = x; }
 __device__ inline void Split(Complex x, float* to) { to[0] = x.re, to[1] = x.im; }
 
 template <typename Number, int kStates, int kLanes, int kPerLane, int kWalkers, int kStagers,
-          bool kWaits, Elements kElements, Layout kLayout, bool kQuads>
+          bool kWaits, Elements kElements, Layout kLayout, bool kRestarts, bool kQuads>
 __global__ void __launch_bounds__(
     BackwardShared<Number, kStates, kLanes, kPerLane, kWalkers, kStagers, kWaits, kElements,
-                   kLayout, kQuads>::kThreads)
+                   kLayout, kRestarts, kQuads>::kThreads)
     BackwardKernel(const __grid_constant__ Backward p, const __grid_constant__ Plan plan,
                    const __grid_constant__ BackwardWorkspace workspace) {
   using Shared = BackwardShared<Number, kStates, kLanes, kPerLane, kWalkers, kStagers, kWaits,
-                                kElements, kLayout, kQuads>;
+                                kElements, kLayout, kRestarts, kQuads>;
   using Sequences = typename Shared::Sequences;
   using Projections = typename Shared::Projections;
   using Staged = typename Shared::Staged;
   using StagedProjections = typename Shared::StagedProjections;
   constexpr int kChannels = Shared::kChannels, kGroup = Shared::kGroup, kParts = Shared::kParts;
-  constexpr bool kVary = Shared::kVary, kRestarts = Shared::kRestarts;
+  constexpr bool kVary = Shared::kVary;
   constexpr int kStep = Shared::kStep, kRow = Shared::kRow;
   extern __shared__ char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
@@ -190,6 +189,7 @@ __global__ void __launch_bounds__(
   const Operands& ct = p.cotangents;
   const Sequences sequences(SequenceLines(p, block), p.reverse, stager);
   const Projections projections(ProjectionLines<kParts>(p, block), p.reverse, stager);
+  StageVectors<Shared::kThreads, kChannels>(p, block, shared.vectors);
   const bool B_varies = kVary || p.B_varies, C_varies = kVary || p.C_varies;
   const bool has_z = o.z.data != nullptr;
   const int first_tile = static_cast<int>(block.span) * plan.span_tiles;
@@ -1009,13 +1009,14 @@ __global__ void SumKernel(const __grid_constant__ Backward p, const __grid_const
 }
 
 template <typename Number, int kStates, int kLanes, int kPerLane, int kWalkers, int kStagers,
-          bool kWaits, Elements kElements, Layout kLayout, bool kQuads = false>
+          bool kWaits, Elements kElements, Layout kLayout, bool kRestarts = !IsRegular(kElements),
+          bool kQuads = false>
 Error Launch(const Backward& p, const Plan& plan, const BackwardWorkspace& workspace,
              Stream stream) {
   const auto kernel = BackwardKernel<Number, kStates, kLanes, kPerLane, kWalkers, kStagers, kWaits,
-                                     kElements, kLayout, kQuads>;
+                                     kElements, kLayout, kRestarts, kQuads>;
   using Shared = BackwardShared<Number, kStates, kLanes, kPerLane, kWalkers, kStagers, kWaits,
-                                kElements, kLayout, kQuads>;
+                                kElements, kLayout, kRestarts, kQuads>;
   constexpr int kShared = sizeof(Shared);
   constexpr bool kHungry = kStagers && kElements != Elements::kGeneral;
   static_assert(kShared <= (kHungry ? kSharedBytes : kLittleSharedBytes));
@@ -1029,16 +1030,21 @@ template <Elements kElements, Layout kLayout>
 Error LaunchShape(const Backward& p, const Plan& plan, const BackwardWorkspace& workspace,
                   Stream stream) {
   const auto launch = [&](auto kernel) { return kernel(p, plan, workspace, stream); };
-  if (plan.state_groups > 1)
-    return launch(Launch<float, 2, 8, 2, 384, 128, true, kElements, kLayout>);
+  if (!IsRegular(kElements) || p.has_segments) {
+    if (plan.state_groups > 1)
+      return launch(Launch<float, 2, 8, 2, 384, 128, true, kElements, kLayout, true>);
+    return launch(Launch<float, 2, 8, 2, 384, 128, false, kElements, kLayout, true>);
+  }
   if constexpr (IsRegular(kElements)) {
+    if (plan.state_groups > 1)
+      return launch(Launch<float, 2, 8, 2, 384, 128, true, kElements, kLayout>);
     switch (plan.walkers) {
       case 320:
         return launch(Launch<float, 2, 8, 2, 320, 160, false, kElements, kLayout>);
       case 256:
         if constexpr (kElements == Elements::kFloat && kLayout == Layout::kTimeLast)
           if (QuadsAligned(p))
-            return launch(Launch<float, 4, 4, 2, 256, 128, false, kElements, kLayout, true>);
+            return launch(Launch<float, 4, 4, 2, 256, 128, false, kElements, kLayout, false, true>);
         return launch(Launch<float, 4, 4, 2, 256, 128, false, kElements, kLayout>);
       case 128:
         return launch(Launch<float, 4, 4, 2, 128, 0, false, kElements, kLayout>);

@@ -29,15 +29,14 @@ namespace jax_sscan::gpu {
 namespace {
 
 template <typename Number, int kStates, int kLanes, int kPerLane, int kWalkers, Elements kElements,
-          Layout kLayout, bool kQuads>
+          Layout kLayout, bool kRestarts, bool kQuads>
 struct ForwardShared {
   static constexpr int kStagers = kWalkers;
   // To a multiprocessor: 768 threads leave each 80 registers, 512 leave 128.
-  static constexpr bool kNeedsRegisters = !IsRegular(kElements) && kStates * kLanes > 16;
+  static constexpr bool kNeedsRegisters = kRestarts && kStates * kLanes > 16;
   static constexpr int kBlocks = (kNeedsRegisters ? 512 : 768) / (2 * kWalkers);
   static constexpr int kChannels = kWalkers / kLanes * kPerLane, kGroup = kStates * kLanes;
   static constexpr bool kVary = kElements != Elements::kGeneral;
-  static constexpr bool kRestarts = !IsRegular(kElements);
   // Against bank conflicts: of y's stores, 4 rows of 8 channels; of pairs of steps.
   static constexpr int kPad = kLayout == Layout::kChannelLast ? (kChannels % 32 ? 16 : 8)
                               : kLayout == Layout::kTimeLast && kPerLane == 1 ? 1
@@ -80,18 +79,18 @@ struct ForwardShared {
 };
 
 template <typename Number, int kStates, int kLanes, int kPerLane, int kWalkers, Elements kElements,
-          Layout kLayout, bool kQuads>
-__global__ void __launch_bounds__(
-    2 * kWalkers,
-    ForwardShared<Number, kStates, kLanes, kPerLane, kWalkers, kElements, kLayout, kQuads>::kBlocks)
+          Layout kLayout, bool kRestarts, bool kQuads>
+__global__ void __launch_bounds__(2 * kWalkers,
+                                  ForwardShared<Number, kStates, kLanes, kPerLane, kWalkers,
+                                                kElements, kLayout, kRestarts, kQuads>::kBlocks)
     ForwardKernel(const __grid_constant__ Forward p, const __grid_constant__ Plan plan,
                   const __grid_constant__ Pieces<Number> pieces) {
-  using Shared =
-      ForwardShared<Number, kStates, kLanes, kPerLane, kWalkers, kElements, kLayout, kQuads>;
+  using Shared = ForwardShared<Number, kStates, kLanes, kPerLane, kWalkers, kElements, kLayout,
+                               kRestarts, kQuads>;
   using Sequences = typename Shared::Sequences;
   using Projections = typename Shared::Projections;
   constexpr int kChannels = Shared::kChannels, kGroup = Shared::kGroup, kRow = Shared::kRow;
-  constexpr bool kVary = Shared::kVary, kRestarts = Shared::kRestarts;
+  constexpr bool kVary = Shared::kVary;
   constexpr int kStep = Shared::kStep, kParts = NumberTraits<Number>::kParts;
   extern __shared__ char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
@@ -138,7 +137,8 @@ __global__ void __launch_bounds__(
     // walked. Irregular kernels lack the registers to keep them.
     Rows sent_rows = rows_of(first_tile), next_rows = sent_rows;
     Rows staged_rows = sent_rows, walked_rows = sent_rows;
-    auto rows_or = [&](const Rows& kept, int tile) { return kRestarts ? rows_of(tile) : kept; };
+    constexpr bool kRegular = Sequences::kRegular;
+    auto rows_or = [&](const Rows& kept, int tile) { return kRegular ? kept : rows_of(tile); };
     int64_t sent_sequences = sequences.At(sent_rows), finished = sent_sequences;
     int64_t sent_projections = projections.At(sent_rows);
     auto send = [&] {
@@ -436,12 +436,12 @@ __global__ void __launch_bounds__(
 }
 
 template <typename Number, int kStates, int kLanes, int kPerLane, int kWalkers, Elements kElements,
-          Layout kLayout, bool kQuads = false>
+          Layout kLayout, bool kRestarts = !IsRegular(kElements), bool kQuads = false>
 Error Launch(const Forward& p, const Plan& plan, const ForwardWorkspace& workspace, Stream stream) {
-  const auto kernel =
-      ForwardKernel<Number, kStates, kLanes, kPerLane, kWalkers, kElements, kLayout, kQuads>;
-  constexpr int kShared = sizeof(
-      ForwardShared<Number, kStates, kLanes, kPerLane, kWalkers, kElements, kLayout, kQuads>);
+  const auto kernel = ForwardKernel<Number, kStates, kLanes, kPerLane, kWalkers, kElements, kLayout,
+                                    kRestarts, kQuads>;
+  constexpr int kShared = sizeof(ForwardShared<Number, kStates, kLanes, kPerLane, kWalkers,
+                                               kElements, kLayout, kRestarts, kQuads>);
   constexpr int kWaiting = kStates * kPerLane * kWalkers * sizeof(Number);
   constexpr int kMost = kElements == Elements::kGeneral ? kMostStates : kMostPlainStates;
   static_assert(kShared + kMost / (kStates * kLanes) * kWaiting <= kSharedBytes);
@@ -456,12 +456,18 @@ template <Elements kElements, Layout kLayout>
 Error LaunchShape(const Forward& p, const Plan& plan, const ForwardWorkspace& workspace,
                   Stream stream) {
   const auto launch = [&](auto kernel) { return kernel(p, plan, workspace, stream); };
-  if (plan.shape.lanes == 16) return launch(Launch<float, 4, 16, 2, 128, kElements, kLayout>);
+  if (!IsRegular(kElements) || p.has_segments) {
+    if (plan.shape.lanes == 16)
+      return launch(Launch<float, 4, 16, 2, 128, kElements, kLayout, true>);
+    return launch(Launch<float, 4, 4, 1, 128, kElements, kLayout, true>);
+  }
   if constexpr (IsRegular(kElements)) {
+    if (plan.shape.lanes == 16) return launch(Launch<float, 4, 16, 2, 128, kElements, kLayout>);
     if (plan.shape.lanes == 2) return launch(Launch<float, 2, 2, 1, 128, kElements, kLayout>);
     if (plan.shape.channels == 2) {
       if constexpr (kElements == Elements::kFloat && kLayout == Layout::kTimeLast)
-        if (QuadsAligned(p)) return launch(Launch<float, 4, 4, 2, 128, kElements, kLayout, true>);
+        if (QuadsAligned(p))
+          return launch(Launch<float, 4, 4, 2, 128, kElements, kLayout, false, true>);
       return launch(Launch<float, 4, 4, 2, 128, kElements, kLayout>);
     }
     switch (plan.walkers) {

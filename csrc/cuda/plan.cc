@@ -114,9 +114,10 @@ Plan Plan::Forward(const Problem& p, Elements elements) {
     return Cut(p, elements, candidates);
   };
   if (elements == Elements::kGeneral) return cut({{{2, 8, 1}, 128, 3, 1.6, 0.75}});
-  if (!IsRegular(elements))
+  const bool regular = IsRegular(elements);
+  if (!regular || p.has_segments)
     return p.dstate > 16 ? cut({{{4, 16, 2}, 128, 2, 1.6, 0.8}})
-                         : cut({{{4, 4, 1}, 128, 3, 0.9, 0.6}});
+                         : cut({{{4, 4, 1}, 128, 3, regular ? 0.75 : 0.9, regular ? 0.45 : 0.6}});
   if (p.dstate > 16) return cut({{{4, 16, 2}, 128, 3, 1.3, 0.58}});
   if (p.dstate <= 4) return cut({{{2, 2, 1}, 128, 3, 0.72, 0.42}});
   return cut({{{4, 4, 1}, 96, 4, 0.70, 0.335},
@@ -127,7 +128,8 @@ Plan Plan::Forward(const Problem& p, Elements elements) {
 
 Plan Plan::Backward(const Problem& p, Elements elements, bool little_shared) {
   // 16 states or fewer are one group.
-  if (little_shared && (!IsRegular(elements) || p.dstate > 16)) elements = Elements::kGeneral;
+  if (little_shared && (!IsRegular(elements) || p.has_segments || p.dstate > 16))
+    elements = Elements::kGeneral;
   auto cut = [&](std::initializer_list<Candidate> candidates) {
     return Cut(p, elements, candidates);
   };
@@ -136,7 +138,7 @@ Plan Plan::Backward(const Problem& p, Elements elements, bool little_shared) {
     if (p.dstate <= shape.group()) return cut({{shape, 416, 1, 9.0, 0.0}});
     return cut({{shape, 384, 1, 12.0, 0.0}});
   }
-  if (!IsRegular(elements) || p.dstate > 16)
+  if (!IsRegular(elements) || p.has_segments || p.dstate > 16)
     return cut({{{2, 8, 2}, 384, 1, IsRegular(elements) ? 4.2 : 6.0, 0.0}});
   if (little_shared) return cut({{{4, 4, 2}, 128, 1, 6.1, 0.0}});
   return cut({{{2, 8, 2}, 384, 1, 4.1, 0.0},
@@ -220,7 +222,7 @@ Elements ElementsOf(const Problem& p, std::initializer_list<Array> arrays) {
   const bool sequences_even = (p.channel_last ? p.group_dim() : p.length) % 2 == 0;
   const bool projections_even = (p.channel_last ? p.dstate : p.length) % 2 == 0;
   if (!sequences_even || !projections_even || !Aligned(arrays, 2)) return Elements::kOdd;
-  return p.has_segments ? Elements::kMixed : DtypeOf(arrays);
+  return DtypeOf(arrays);
 }
 
 }  // namespace

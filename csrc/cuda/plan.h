@@ -29,8 +29,7 @@ constexpr int64_t kSharedBytes = 227 * 1024, kLittleSharedBytes = 163 * 1024;
 
 // What a kernel has to reckon with along the sequence. kGeneral: with everything. kOdd: B and C
 // vary and are real, and sizes are not huge. kMixed: what is more, neighbours in memory may be
-// moved two at a time. The others are regular: what is more, all is stored in that dtype, and the
-// state never starts anew.
+// moved two at a time. The others are regular: what is more, all is stored in that dtype.
 enum class Elements { kGeneral, kOdd, kMixed, kFloat, kBfloat, kHalf };
 constexpr bool IsRegular(Elements e) { return e > Elements::kMixed; }
 

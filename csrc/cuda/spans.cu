@@ -354,7 +354,9 @@ Error Launch(const Pass& p, Plan plan, Number* ends, float* sum_delta, Stream st
   };
   auto choose = [&] {
     if constexpr (std::is_same_v<Number, float>) {
-      switch (plan.elements) {
+      // Irregular kernels restart.
+      const bool restarts = IsRegular(plan.elements) && p.has_segments;
+      switch (restarts ? Elements::kMixed : plan.elements) {
         case Elements::kFloat:
           return launch_regular(std::integral_constant<Elements, Elements::kFloat>{});
         case Elements::kBfloat:
