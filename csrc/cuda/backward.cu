@@ -50,6 +50,8 @@ namespace {
 
 __host__ __device__ constexpr int Log2(int x) { return x <= 1 ? 0 : 1 + Log2(x / 2); }
 
+// kWaits: states may be taken in turn. kRestarts: the state may start anew along the sequence.
+// kQuads: as in Tile.
 template <typename Number, int kStates, int kLanes, int kPerLane, int kWalkers, int kStagers,
           bool kWaits, Elements kElements, Layout kLayout, bool kRestarts, bool kQuads>
 struct BackwardShared {

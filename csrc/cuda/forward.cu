@@ -28,6 +28,7 @@
 namespace jax_sscan::gpu {
 namespace {
 
+// kRestarts: the state may start anew along the sequence. kQuads: as in Tile.
 template <typename Number, int kStates, int kLanes, int kPerLane, int kWalkers, Elements kElements,
           Layout kLayout, bool kRestarts, bool kQuads>
 struct ForwardShared {
@@ -382,6 +383,7 @@ __global__ void __launch_bounds__(2 * kWalkers,
       // The compiler moves no load across a store: where there are registers for it, sums are
       // stored at the end of the tile, and everywhere what a step needs is loaded a step ahead.
       constexpr bool kStoresLate = kPerLane == 1;
+      // Twice in the code: most tiles restart nowhere, whether there are segments or not.
       auto walk = [&](auto restarting, uint32_t restarts) {
         Step now, then;
         load_step(0, now);

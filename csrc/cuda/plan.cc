@@ -191,7 +191,7 @@ BackwardWorkspace::BackwardWorkspace(const Problem& p, const Plan& plan) {
 namespace {
 
 // Arrays that are not there say nothing.
-Elements DtypeOf(std::initializer_list<Array> arrays) {
+Elements RegularOrMixed(std::initializer_list<Array> arrays) {
   DataType dtype = DataType::INVALID;
   for (const Array& x : arrays) {
     if (!x) continue;
@@ -222,7 +222,7 @@ Elements ElementsOf(const Problem& p, std::initializer_list<Array> arrays) {
   const bool sequences_even = (p.channel_last ? p.group_dim() : p.length) % 2 == 0;
   const bool projections_even = (p.channel_last ? p.dstate : p.length) % 2 == 0;
   if (!sequences_even || !projections_even || !Aligned(arrays, 2)) return Elements::kOdd;
-  return DtypeOf(arrays);
+  return RegularOrMixed(arrays);
 }
 
 }  // namespace

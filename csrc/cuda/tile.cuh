@@ -134,9 +134,9 @@ __device__ inline Lines ProjectionLines(const Problem& p, const Block& block) {
 }
 
 // kPad: cells to a row of shared memory beyond its lines, against bank conflicts. Pairs stay
-// aligned. kSkewed: rows as Skew says. kQuads: rows of 16 floats are loaded by
-// quads, past the L1 cache, where half a line of memory takes a line. Then a lane copies for two of
-// its warp, which have to meet before they take, and before they send again.
+// aligned. kSkewed: rows as Skew says. kQuads: rows of 16 floats are loaded by quads, past the L1
+// cache, where half a line of memory takes a line. Then a lane copies for two of its warp, which
+// have to meet before they take, and before they send again.
 template <int kThreads, int kLines, int kPad, Elements kElements, Layout kLayout,
           bool kSkewed = false, bool kQuads = false>
 class Tile {

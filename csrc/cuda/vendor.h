@@ -94,7 +94,8 @@ __device__ inline bool MeetAny(bool x) {
 
 // Copies `bytes` there are of kBytes (4, 8 or 16), then zeros, to shared memory without a register;
 // there once the same thread has called SendCopies and, as late as it can, WaitForCopies, which
-// does not wait for the last kSentLater that were sent.
+// does not wait for the last kSentLater that were sent. The whole line goes to the L2 cache: where
+// time is last, the next tiles are in it.
 template <int kBytes>
 __device__ inline void CopyAsync(void* to, const void* from, int bytes) {
   const uint32_t shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
