@@ -191,6 +191,10 @@ int main(int count, char** words) {
     dtypes.clear();
     for (const Dtypes& some : kDtypes)
       if (words[5] == std::string(some.name)) dtypes = {some};
+    if (dtypes.empty()) {
+      std::fprintf(stderr, "no such dtypes: %s\n", words[5]);
+      return 1;
+    }
   }
   std::vector<bool> layouts = {true, false};
   if (count > 6) layouts = {words[6] == std::string("bld")};

@@ -50,10 +50,9 @@ namespace {
 
 __host__ __device__ constexpr int Log2(int x) { return x <= 1 ? 0 : 1 + Log2(x / 2); }
 
-// kWaits: states may be taken in turn. kRestarts: the state may start anew along the sequence.
-// kQuads: as in Tile.
+// kWaits: states may be taken in turn. kQuads: as in Tile.
 template <typename Number, int kStates, int kLanes, int kPerLane, int kWalkers, int kStagers,
-          bool kWaits, Elements kElements, Layout kLayout, bool kRestarts, bool kQuads>
+          bool kWaits, Elements kElements, Layout kLayout, bool kQuads>
 struct BackwardShared {
   static constexpr int kChannels = kWalkers / kLanes * kPerLane, kGroup = kStates * kLanes;
   static constexpr int kParts = NumberTraits<Number>::kParts;
@@ -159,15 +158,16 @@ struct Kept {
 __device__ inline void Split(float x, float* to) { to[0] = x; }
 __device__ inline void Split(Complex x, float* to) { to[0] = x.re, to[1] = x.im; }
 
+// kRestarts: the state may start anew along the sequence.
 template <typename Number, int kStates, int kLanes, int kPerLane, int kWalkers, int kStagers,
           bool kWaits, Elements kElements, Layout kLayout, bool kRestarts, bool kQuads>
 __global__ void __launch_bounds__(
     BackwardShared<Number, kStates, kLanes, kPerLane, kWalkers, kStagers, kWaits, kElements,
-                   kLayout, kRestarts, kQuads>::kThreads)
+                   kLayout, kQuads>::kThreads)
     BackwardKernel(const __grid_constant__ Backward p, const __grid_constant__ Plan plan,
                    const __grid_constant__ BackwardWorkspace workspace) {
   using Shared = BackwardShared<Number, kStates, kLanes, kPerLane, kWalkers, kStagers, kWaits,
-                                kElements, kLayout, kRestarts, kQuads>;
+                                kElements, kLayout, kQuads>;
   using Sequences = typename Shared::Sequences;
   using Projections = typename Shared::Projections;
   using Staged = typename Shared::Staged;
@@ -1018,7 +1018,7 @@ Error Launch(const Backward& p, const Plan& plan, const BackwardWorkspace& works
   const auto kernel = BackwardKernel<Number, kStates, kLanes, kPerLane, kWalkers, kStagers, kWaits,
                                      kElements, kLayout, kRestarts, kQuads>;
   using Shared = BackwardShared<Number, kStates, kLanes, kPerLane, kWalkers, kStagers, kWaits,
-                                kElements, kLayout, kRestarts, kQuads>;
+                                kElements, kLayout, kQuads>;
   constexpr int kShared = sizeof(Shared);
   constexpr bool kHungry = kStagers && kElements != Elements::kGeneral;
   static_assert(kShared <= (kHungry ? kSharedBytes : kLittleSharedBytes));

@@ -398,7 +398,7 @@ class Tile {
     return kLayout == Layout::kAny ? pairs_are_steps_ : kLayout == Layout::kTimeLast;
   }
   __device__ static bool IsWord(const Array& array) {
-    return array.dtype == DataType::F32 || array.dtype == DataType::C64;
+    return DtypeOf<kElements>(array) == DataType::F32;
   }
   // From a thread's first pair to pair k.
   __device__ int OffsetTo(Place k) const {

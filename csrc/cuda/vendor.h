@@ -69,15 +69,15 @@ __device__ inline void Meet() {
   asm volatile("bar.sync %0, %1;" ::"n"(kPlace), "n"(kThreads) : "memory");
 }
 
-// Lanes see what others of their warp wrote, and copied and waited for, to shared memory.
-__device__ inline void MeetLanes() { __syncwarp(); }
-
 // The same for one warp, at a place of its own.
 __device__ inline void MeetWarp(int place) {
   asm volatile("bar.sync %0, %1;" ::"r"(place), "n"(kWarp) : "memory");
 }
 
-// Whether any of them says so.
+// Lanes see what others of their warp wrote, and copied and waited for, to shared memory.
+__device__ inline void MeetLanes() { __syncwarp(); }
+
+// As Meet, at its first place. Whether any of them says so.
 template <int kThreads>
 __device__ inline bool MeetAny(bool x) {
   int any;
