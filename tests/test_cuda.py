@@ -148,7 +148,14 @@ def test_float64_runs_in_pure_jax(mode: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "batch, dim, length, reverse",
-    [(1, 40, 5000, False), (2, 24, 3000, True), (2, 7, 1030, False), (1, 1, 20000, True)],
+    [
+        (1, 40, 5000, False),
+        (2, 24, 3000, True),
+        (2, 7, 1030, False),
+        (1, 1, 20000, True),
+        (1, 640, 2500, False),  # more spans than multiprocessors, of which the last is shorter
+        (1, 640, 2500, True),
+    ],
 )
 @pytest.mark.parametrize("segments", [False, True])
 def test_spans_agree_with_the_whole(batch: int, dim: int, length: int, reverse: bool, segments: bool) -> None:
@@ -183,15 +190,16 @@ def test_spans_agree_with_the_whole(batch: int, dim: int, length: int, reverse: 
 @pytest.mark.parametrize(
     "batch, dim, length",
     [
-        pytest.param(2, 60, 34, id="few channels"),
-        pytest.param(2, 2650, 34, id="blocks of 24 channels"),
-        pytest.param(16, 250, 34, id="of 32"),
-        pytest.param(3, 1690, 34, id="of 40"),
-        pytest.param(70, 190, 34, id="two channels a lane, backward by blocks of 64"),
-        pytest.param(70, 190, 36, id="two channels a lane, moved by quads"),
-        pytest.param(8, 1530, 34, id="backward by blocks of 96"),
-        pytest.param(16, 1020, 34, id="backward by blocks of 128"),
-        pytest.param(16, 1020, 36, id="backward by blocks of 128, moved by quads"),
+        pytest.param(2, 60, 36, id="few channels"),
+        pytest.param(2, 2652, 36, id="blocks of 24 channels, two to a multiprocessor"),
+        pytest.param(16, 252, 36, id="of 32"),
+        pytest.param(42, 252, 36, id="of 32, three to a multiprocessor"),
+        pytest.param(3, 1692, 36, id="of 40"),
+        pytest.param(70, 188, 36, id="two channels a lane, backward by blocks of 64"),
+        pytest.param(70, 190, 34, id="the same, moved by pairs"),
+        pytest.param(8, 1532, 36, id="backward by blocks of 96"),
+        pytest.param(16, 1020, 36, id="backward by blocks of 128"),
+        pytest.param(16, 1022, 34, id="the same, moved by pairs"),
     ],
 )
 def test_every_shape_of_block(batch: int, dim: int, length: int, layout: str) -> None:
@@ -206,13 +214,13 @@ def test_every_shape_of_block(batch: int, dim: int, length: int, layout: str) ->
 @pytest.mark.gpu
 @pytest.mark.parametrize("layout", ["bdl", "bld"])
 @pytest.mark.parametrize("dstate", [16, 40])
-@pytest.mark.parametrize("length", [50, 51, 700])
+@pytest.mark.parametrize("length", [50, 51, 56, 704])
 @pytest.mark.parametrize("projections", ["bfloat16", "float32"])
 @pytest.mark.parametrize("segments", [False, True])
 def test_every_way_of_storing(projections: str, length: int, segments: bool, dstate: int, layout: str) -> None:
-    """Dtypes alike or not, sizes even or odd (of bld: dim), with and without segments, in one span and in several."""
+    """Dtypes alike or not, sizes odd, even or multiples of 8, with and without segments, one span or several."""
     case = Case(
-        "storage", batch=2, dim=200 - length % 2, length=length, dstate=dstate, layout=layout, segments=segments,
+        "storage", batch=2, dim=200 - length % 8, length=length, dstate=dstate, layout=layout, segments=segments,
         u_dtype="bfloat16", delta_dtype=projections, z_dtype="bfloat16", B_dtype=projections, C_dtype=projections,
         initial_state=True, last_state=True, **MAMBA,
     )  # fmt: skip

@@ -184,14 +184,16 @@ __global__ void __launch_bounds__(
   const Operands& o = p.operands;
   const Block block(p, plan);
   constexpr int kPairs = Sequences::kCount, kProjectionPairs = Projections::kCount;
-  // The idle warp counts as the last.
+  // Schedulers prefer the older of their warps. Those who stage are to be done when those who walk
+  // are, and so are the older ones; beside an idle warp, which counts as the last, they are not.
   int thread = static_cast<int>(threadIdx.x);
+  if (kStagers && !Shared::kIdle) thread = (thread + kWalkers) % Shared::kThreads;
   if (Shared::kIdle && thread >= kWalkers + 2 * kWarp && thread / kWarp % 2) thread ^= 2 * kWarp;
   const int stager = thread - Shared::kFirst;  // of those who stage
   const Operands& ct = p.cotangents;
   const Sequences sequences(SequenceLines(p, block), p.reverse, stager);
   const Projections projections(ProjectionLines<kParts>(p, block), p.reverse, stager);
-  StageVectors<Shared::kThreads, kChannels>(p, block, shared.vectors);
+  StageVectors<Shared::kThreads, kChannels>(p, block, thread, shared.vectors);
   const bool B_varies = kVary || p.B_varies, C_varies = kVary || p.C_varies;
   const bool has_z = o.z.data != nullptr;
   const int first_tile = static_cast<int>(block.span) * plan.span_tiles;
@@ -561,7 +563,7 @@ __global__ void __launch_bounds__(
     }
   }
 
-  const int walker = LanePlace(threadIdx.x), lane = walker % kLanes;
+  const int walker = LanePlace(thread), lane = walker % kLanes;
   // Lanes that differ in their channels, and how many of those bits serve to swap states.
   constexpr int kAcross = kWarp / kLanes;
   constexpr int kStateBits = Log2(kStates) < Log2(kAcross) ? Log2(kStates) : Log2(kAcross);
@@ -685,8 +687,7 @@ __global__ void __launch_bounds__(
           const Number* h = &history[t][0][0];
 #pragma unroll
           for (int k = 0; k < kQuarters; ++k)
-            shared.early[t - 1][k][threadIdx.x] = {h[4 * k], h[4 * k + 1], h[4 * k + 2],
-                                                   h[4 * k + 3]};
+            shared.early[t - 1][k][thread] = {h[4 * k], h[4 * k + 1], h[4 * k + 2], h[4 * k + 3]};
         }
       };
       auto get_early = [&](int half, int t) {
@@ -696,7 +697,7 @@ __global__ void __launch_bounds__(
           Number* h = &history[t][0][0];
 #pragma unroll
           for (int k = 0; k < kQuarters; ++k) {
-            const float4 x = shared.early[t - 1][k][threadIdx.x];
+            const float4 x = shared.early[t - 1][k][thread];
             h[4 * k] = x.x, h[4 * k + 1] = x.y, h[4 * k + 2] = x.z, h[4 * k + 3] = x.w;
           }
         }
@@ -829,7 +830,7 @@ __global__ void __launch_bounds__(
       if constexpr (Shared::kSetsOfSums == 1)
         Meet<kWalkers + kStagers, 2>();
       else
-        MeetWarp(threadIdx.x / kWarp + 4);
+        MeetWarp(thread / kWarp + 4);
 
       // A step is summed while the next is computed: the loads of the next come first, since the
       // compiler moves no load across the stores of the sums. The next tile is staged on the way,
@@ -1045,7 +1046,7 @@ Error LaunchShape(const Backward& p, const Plan& plan, const BackwardWorkspace& 
         return launch(Launch<float, 2, 8, 2, 320, 160, false, kElements, kLayout>);
       case 256:
         if constexpr (kElements == Elements::kFloat && kLayout == Layout::kTimeLast)
-          if (QuadsAligned(p))
+          if (FloatsInQuads(p))
             return launch(Launch<float, 4, 4, 2, 256, 128, false, kElements, kLayout, false, true>);
         return launch(Launch<float, 4, 4, 2, 256, 128, false, kElements, kLayout>);
       case 128:

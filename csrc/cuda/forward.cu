@@ -4,7 +4,7 @@
 //     h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t,   out_t = (sum_n C_t h_t + D u_t) silu(z_t)
 // (twice the real part of the sum where A is complex).
 //
-// Work: a block takes one batch row, some channels of one group and one span of the sequence, tile
+// Work: a team takes one batch row, some channels of one group and one span of the sequence, tile
 // by tile. Half of its threads walk, half stage. Walkers compute the states: a channel's lie on
 // kLanes lanes, kStates on each, and stay in registers; a lane serves kPerLane adjacent channels,
 // which share the loads of B and C; time runs in order. More states than kStates * kLanes are taken
@@ -12,13 +12,18 @@
 // needs, and put skip and gate on what the last one left. They meet once a tile. So the warps of a
 // scheduler are twice as many as there are channels for, and one kind's waits are the other's time.
 //
+// Where all teams find room at once, a multiprocessor's are one block and wait for each other now
+// and then. Schedulers prefer the older of their warps: by itself one team would be
+// done when the last has hardly begun, and that would have too few warps to fill its time.
+//
 // Shared memory, twice, for the tile that is walked and for the one that is staged: delta and
-// delta * u (softplus and bias done), B and C, y, and what makes out of y. Once, or twice for
-// float32: what is on its way from global memory.
+// delta * u (softplus and bias done), B and C, y, and, where stagers lack the registers, what makes
+// out of y. Twice or three times: what is on its way from global memory, 16 bytes at a time where
+// elements are regular.
 //
 // Cost per (b, d, t, n): one exp2, two multiplies, two FMAs, and (with 4 states) 2.5 registers from
 // shared memory, 1.5 with two channels to a lane, at two such registers of a warp per cycle and
-// multiprocessor (see LanePlace). Per (b, d, t): staging, about 70 instructions, and the sum over
+// multiprocessor (see LanePlace). Per (b, d, t): staging, about 50 instructions, and the sum over
 // lanes (3 shuffles per 4 steps at 4 lanes).
 #include <type_traits>
 
@@ -28,21 +33,31 @@
 namespace jax_sscan::gpu {
 namespace {
 
-// kRestarts: the state may start anew along the sequence. kQuads: as in Tile.
-template <typename Number, int kStates, int kLanes, int kPerLane, int kWalkers, Elements kElements,
-          Layout kLayout, bool kRestarts, bool kQuads>
+// kRestarts: the state may start anew along the sequence.
+template <typename NumberOf, int kStates, int kLanes, int kPerLane, int kWalkers,
+          Elements kElements, Layout kLayout, bool kRestartsOf>
 struct ForwardShared {
-  static constexpr int kStagers = kWalkers;
-  // To a multiprocessor: 768 threads leave each 80 registers, 512 leave 128.
-  static constexpr bool kNeedsRegisters = kRestarts && kStates * kLanes > 16;
-  static constexpr int kBlocks = (kNeedsRegisters ? 512 : 768) / (2 * kWalkers);
+  using Number = NumberOf;
+  static constexpr bool kRestarts = kRestartsOf;
+  static constexpr int kStagers = kWalkers, kThreads = kWalkers + kStagers;
   static constexpr int kChannels = kWalkers / kLanes * kPerLane, kGroup = kStates * kLanes;
   static constexpr bool kVary = kElements != Elements::kGeneral;
-  // Against bank conflicts: of y's stores, 4 rows of 8 channels; of pairs of steps.
-  static constexpr int kPad = kLayout == Layout::kChannelLast ? (kChannels % 32 ? 16 : 8)
-                              : kLayout == Layout::kTimeLast && kPerLane == 1 ? 1
-                                                                              : 2;
-  using Sequences = Tile<kStagers, kChannels, kPad, kElements, kLayout, true, kQuads>;
+  // 16 states or fewer are always one group.
+  static constexpr bool kOneGroup = kVary && kGroup <= 16;
+  // Of a multiprocessor: 768 threads leave each 80 registers, 512 leave 128.
+  static constexpr int kThreadsAtOnce = kRestarts && !kOneGroup && kVary ? 512 : 768;
+  static constexpr int kTeamsAtOnce = kThreadsAtOnce / kThreads;
+  // Of a block; one where states that wait need the memory.
+  static constexpr int kMostTeams = kOneGroup ? kTeamsAtOnce : 1;
+  static constexpr int kMostThreads = kMostTeams * kThreads;
+  static constexpr int kBlocks = kTeamsAtOnce / kMostTeams;  // of a multiprocessor
+  // Against bank conflicts: of y's stores, 4 rows of 8 channels (of 16 they cannot be helped); of
+  // pairs of steps.
+  static constexpr int kPad = kPerLane == 2                     ? 2
+                              : kLayout == Layout::kChannelLast ? (kChannels % 32 ? 16 : 8)
+                              : kLayout == Layout::kTimeLast    ? 1
+                                                                : 2;
+  using Sequences = Tile<kStagers, kChannels, kPad, kElements, kLayout, true>;
   using Projections =
       Tile<kStagers, kGroup * NumberTraits<Number>::kParts, 4, kElements, kLayout, true>;
   static constexpr int kStep = Sequences::kRow;
@@ -50,11 +65,12 @@ struct ForwardShared {
   // Numbers of a row of B or C; rows are steps, or channels for a fixed one.
   static constexpr int kRow = Projections::kRow / NumberTraits<Number>::kParts;
   static constexpr int kRows = kVary || kTile > kChannels ? kTile : kChannels;
+  // out = y * x + y for the two elements of a stager's pair, which has registers for few of them.
+  static constexpr bool kKeepsGates = kOneGroup && Sequences::kCount <= 2;
   struct Staged {
     alignas(16) float2 steps[Sequences::kCells];  // delta, delta * u
     alignas(16) float y[Sequences::kCells];
-    // out = y * x + y for the two elements of a thread's pair, read back by that thread.
-    alignas(16) float4 gates[Sequences::kCount * kStagers];
+    alignas(16) float4 gates[kKeepsGates ? 1 : Sequences::kCount * kStagers];
     uint32_t restarts;
   };
   struct StagedProjections {
@@ -64,208 +80,45 @@ struct ForwardShared {
   // One is walked, the other staged.
   Staged sequences[2];
   StagedProjections projections[2];
-  // What comes next, as it lies in memory: one tile, or two of float32, which takes longer to come.
-  // (Two channels to a lane would take it from the L1 cache, where they have more use for it.)
-  static constexpr bool kTakesLong = kElements == Elements::kFloat;
-  static constexpr int kAhead = kTakesLong && kGroup <= 16 && kPerLane == 1 ? 2 : 1;
+  // What comes next, as it lies in memory. Sent for a tile ahead, or two: of float32, which takes
+  // longer to come, if there is room, and where a multiprocessor has one team, whose tiles take
+  // less time.
+  static constexpr bool kTakesLong = kElements == Elements::kFloat || kWalkers == 160;
+  static constexpr int kAhead = kTakesLong && kChannels <= 40 && kOneGroup ? 2 : 1;
   struct Next {
-    alignas(16) typename Sequences::Slot u[Sequences::kCount * kStagers];
-    alignas(16) typename Sequences::Slot delta[Sequences::kCount * kStagers];
-    alignas(16) typename Sequences::Slot z[Sequences::kCount * kStagers];
+    // u, delta and z
+    alignas(16) typename Sequences::Slot sequences[3][Sequences::kCount * kStagers];
     typename Projections::Slot B[Projections::kCount * kStagers];
     typename Projections::Slot C[Projections::kCount * kStagers];
   };
-  Next next[kAhead];
+  // One is taken from, the others are on their way.
+  static constexpr int kSlots = kAhead + 1;
+  Next next[kSlots];
   Vectors<kChannels> vectors;
 };
 
-template <typename Number, int kStates, int kLanes, int kPerLane, int kWalkers, Elements kElements,
-          Layout kLayout, bool kRestarts, bool kQuads>
-__global__ void __launch_bounds__(2 * kWalkers,
-                                  ForwardShared<Number, kStates, kLanes, kPerLane, kWalkers,
-                                                kElements, kLayout, kRestarts, kQuads>::kBlocks)
-    ForwardKernel(const __grid_constant__ Forward p, const __grid_constant__ Plan plan,
-                  const __grid_constant__ Pieces<Number> pieces) {
-  using Shared = ForwardShared<Number, kStates, kLanes, kPerLane, kWalkers, kElements, kLayout,
-                               kRestarts, kQuads>;
+// What a team's walkers do.
+template <typename Shared, int kStates, int kLanes, int kPerLane, int kWalkers, typename MeetTeam,
+          typename MeetTeams>
+__device__ __forceinline__ void Walk(const Forward& p, const Plan& plan,
+                                     const Pieces<typename Shared::Number>& pieces,
+                                     const Block& block, Shared& shared, int thread,
+                                     const MeetTeam& meet_team, const MeetTeams& meet_teams) {
+  using Number = typename Shared::Number;
   using Sequences = typename Shared::Sequences;
   using Projections = typename Shared::Projections;
-  constexpr int kChannels = Shared::kChannels, kGroup = Shared::kGroup, kRow = Shared::kRow;
-  constexpr bool kVary = Shared::kVary;
-  constexpr int kStep = Shared::kStep, kParts = NumberTraits<Number>::kParts;
-  extern __shared__ char memory[];
-  Shared& shared = *reinterpret_cast<Shared*>(memory);
-  constexpr int kStagers = Shared::kStagers, kThreads = kWalkers + kStagers;
+  constexpr int kGroup = Shared::kGroup, kRow = Shared::kRow, kStep = Shared::kStep;
+  constexpr int kParts = NumberTraits<Number>::kParts;
+  constexpr bool kVary = Shared::kVary, kRestarts = Shared::kRestarts;
   const Operands& o = p.operands;
-  const Block block(p, plan);
-  StageVectors<kThreads, kChannels>(p, block, shared.vectors);
-  const bool has_z = o.z.data != nullptr;
   const bool B_varies = kVary || p.B_varies, C_varies = kVary || p.C_varies;
-  // 16 states or fewer are always one group.
-  const int groups = kVary && kGroup <= 16 ? 1 : plan.state_groups;
+  const int groups = Shared::kOneGroup ? 1 : plan.state_groups;
   const int first_tile = static_cast<int>(block.span) * plan.span_tiles;
-  const int last_tile =
-      first_tile + plan.span_tiles < plan.tiles ? first_tile + plan.span_tiles : plan.tiles;
-  __syncthreads();
-
-  // Stagers come first. Warps are dealt to the four schedulers in turn; where there are five of a
-  // kind, the two walkers on one scheduler are to have it for themselves, for which the fourth warp
-  // takes the place of the sixth.
-  int thread = static_cast<int>(threadIdx.x);
-  if (kWalkers == 5 * kWarp && (thread / kWarp == 3 || thread / kWarp == 5)) thread ^= 6 * kWarp;
-
-  if (thread < kStagers) {
-    const Sequences sequences(SequenceLines(p, block), p.reverse, thread);
-    const Projections projections(ProjectionLines<kParts>(p, block), p.reverse, thread);
-    constexpr int kPairs = Sequences::kCount;
-    // D and delta_bias of the elements that this thread stages.
-    float2 D[kPairs] = {}, delta_bias[kPairs] = {};
-#pragma unroll
-    for (int k = 0; k < kPairs; ++k) {
-      if (!sequences.Mine(k)) continue;
-      D[k] = sequences.OfLines(shared.vectors.D, k);
-      delta_bias[k] = sequences.OfLines(shared.vectors.delta_bias, k);
-    }
-    auto rows_of = [&](int tile) {
-      return Rows(p, plan, tile, p.reverse, first_tile <= tile && tile < last_tile);
-    };
-
-    // What was sent for last: a tile, and a group of states of it.
-    struct {
-      int tile, group;
-    } sent{first_tile, -1};
-    // Of that tile, of the one that is staged next, and of those that were staged last and, before,
-    // walked. Irregular kernels lack the registers to keep them.
-    Rows sent_rows = rows_of(first_tile), next_rows = sent_rows;
-    Rows staged_rows = sent_rows, walked_rows = sent_rows;
-    constexpr bool kRegular = Sequences::kRegular;
-    auto rows_or = [&](const Rows& kept, int tile) { return kRegular ? kept : rows_of(tile); };
-    int64_t sent_sequences = sequences.At(sent_rows), finished = sent_sequences;
-    int64_t sent_projections = projections.At(sent_rows);
-    auto send = [&] {
-      if (++sent.group == groups) {
-        ++sent.tile;
-        sent.group = 0;
-        sent_rows = rows_of(sent.tile);
-      }
-      const Rows rows = rows_or(sent_rows, sent.tile);
-      auto& to = shared.next[(sent.tile - first_tile) % Shared::kAhead];
-      if (sent.group == 0) {
-        sequences.Prefetch(o.u, sent_sequences, rows, to.u);
-        sequences.Prefetch(o.delta, sent_sequences, rows, to.delta);
-        sequences.Prefetch(o.z, sent_sequences, rows, to.z, 0, has_z);
-        sent_sequences += sequences.Stride();
-      }
-      const int line = sent.group * kGroup * kParts;
-      const int64_t at = groups > 1 ? projections.At(rows, line) : sent_projections;
-      projections.Prefetch(o.B, at, rows, to.B, line, B_varies);
-      projections.Prefetch(o.C, at, rows, to.C, line, C_varies);
-      SendCopies();
-      sent_projections += projections.Stride();
-    };
-    auto stage_pair = [&](const Rows& rows, int k, uint2 u, uint2 delta, uint2 z,
-                          typename Shared::Staged& to) {
-      if (!sequences.Mine(k)) return;
-      const float2 input = sequences.Widen(u, k, o.u);
-      float2 value = sequences.Widen(delta, k, o.delta);
-      value = {value.x + delta_bias[k].x, value.y + delta_bias[k].y};
-      if (p.delta_softplus)
-        value = {Softplus<kExact<kElements>>(value.x).value,
-                 Softplus<kExact<kElements>>(value.y).value};
-      // Steps that are not there have delta 0, whatever the bias.
-      value = {sequences.Exists(k, 0, rows) ? value.x : 0.0f,
-               sequences.Exists(k, 1, rows) ? value.y : 0.0f};
-      sequences.Put(to.steps, k, {value.x, value.x * input.x}, {value.y, value.y * input.y});
-      float2 gate{1.0f, 1.0f};
-      if (has_z) {
-        const float2 x = sequences.Widen(z, k, o.z);
-        gate = {x.x * Sigmoid<kExact<kElements>>(x.x), x.y * Sigmoid<kExact<kElements>>(x.y)};
-      }
-      to.gates[sequences.Index(k)] = {gate.x * kParts, D[k].x * input.x * gate.x, gate.y * kParts,
-                                      D[k].y * input.y * gate.y};
-    };
-    // What was sent for is in registers before the next is sent for, into the same slots: then that
-    // has a whole tile's time to come.
-    auto stage = [&] {
-      const int tile = sent.tile - (Shared::kAhead - 1) - first_tile, group = sent.group;
-      const Rows rows = Shared::kAhead > 1 ? next_rows : rows_or(sent_rows, sent.tile);
-      auto& from = shared.next[tile % Shared::kAhead];
-      typename Sequences::Raw u, delta, z;
-      WaitForCopies<Shared::kAhead - 1>();
-      sequences.MeetForCopies();
-      if (group == 0) {
-        u = sequences.TakeAll(from.u);
-        delta = sequences.TakeAll(from.delta);
-        z = sequences.TakeAll(from.z);
-      }
-      typename Projections::Raw B, C;
-      if (B_varies) B = projections.TakeAll(from.B);
-      if (C_varies) C = projections.TakeAll(from.C);
-      next_rows = sent_rows;
-      sequences.MeetForCopies();
-      send();
-      if (group == 0) {
-        walked_rows = staged_rows;
-        staged_rows = rows;
-        typename Shared::Staged& to = shared.sequences[tile & 1];
-#pragma unroll
-        for (int k = 0; k < kPairs; ++k)
-          stage_pair(rows, k, u.pair[k], delta.pair[k], z.pair[k], to);
-        if (kRestarts && p.has_segments && thread < kWarp) {
-          const uint32_t restarts = Restarts(p, block.row, rows);
-          if (thread == 0) to.restarts = restarts;
-        }
-      }
-      auto stage_projection = [&](const Array& from, bool varies,
-                                  const typename Projections::Raw& raw, Number* to) {
-        if (varies) {
-#pragma unroll
-          for (int k = 0; k < Projections::kCount; ++k) {
-            const float2 x = projections.Widen(raw.pair[k], k, from);
-            projections.Put(reinterpret_cast<float*>(to), k, x.x, x.y);
-          }
-        } else {
-          StageFixed<Number, kStagers, kChannels, kGroup, kRow>(p, block, from, group * kGroup,
-                                                                thread, to);
-        }
-      };
-      typename Shared::StagedProjections& to = shared.projections[(tile * groups + group) & 1];
-      stage_projection(o.B, B_varies, B, to.B);
-      stage_projection(o.C, C_varies, C, to.C);
-    };
-    auto finish = [&](int tile) {
-      const Rows rows = rows_or(walked_rows, tile);
-      const typename Shared::Staged& from = shared.sequences[(tile - first_tile) & 1];
-#pragma unroll
-      for (int k = 0; k < kPairs; ++k) {
-        if (!sequences.Mine(k)) continue;
-        const float2 y = sequences.Get(from.y, k);
-        const float4 gate = from.gates[sequences.Index(k)];
-        sequences.Store(p.out, finished, rows, k, fmaf(y.x, gate.x, gate.y),
-                        fmaf(y.y, gate.z, gate.w));
-      }
-      finished += sequences.Stride();
-    };
-
-#pragma unroll
-    for (int i = 0; i < Shared::kAhead; ++i) send();
-    stage();
-    for (int tile = first_tile; tile < last_tile; ++tile) {
-      for (int group = 0; group < groups; ++group) {
-        Meet<kThreads>();
-        if (tile > first_tile && group == 0) finish(tile - 1);
-        stage();
-      }
-    }
-    Meet<kThreads>();
-    finish(last_tile - 1);
-    return;
-  }
-
-  const int walker = LanePlace(thread - kStagers);
+  const int last_tile = min(first_tile + plan.span_tiles, plan.tiles);
+  const int walker = LanePlace(thread);
   const int lane = walker % kLanes, channel = walker / kLanes * kPerLane;
-  // Only where there are several groups of states: (groups, kPerLane, kStates, walkers).
-  Number* waiting = reinterpret_cast<Number*>(memory + sizeof(Shared)) + walker;
+  // Only where there are several groups of states: (groups, kPerLane, kStates, kWalkers).
+  Number* waiting = reinterpret_cast<Number*>(&shared + 1) + walker;
   Number rate[kPerLane][kStates], h[kPerLane][kStates];
   auto each = [&](int group, auto body) {
 #pragma unroll
@@ -283,6 +136,7 @@ __global__ void __launch_bounds__(2 * kWalkers,
   auto place_of = [&](int group, int j, int i) {
     return ((group * kPerLane + j) * kStates + i) * kWalkers;
   };
+  meet_team();
   for (int group = 0; group < groups; ++group) {
     load_group(group);
     each(group, [&](int j, int i, int64_t n) {
@@ -314,8 +168,26 @@ __global__ void __launch_bounds__(2 * kWalkers,
       p, block,
       block.row * (plan.tiles - 1) + (p.reverse ? plan.tiles - 1 - first_tile : first_tile - 1),
       channel, lane * kStates);
+  // Two channels of a lane are stored at once where they may be.
+  const bool pairs = p.dim % 2 == 0 && block.first_channel % 2 == 0 && block.channels % 2 == 0;
+  auto save = [&](int group) {
+    Number* to = static_cast<Number*>(p.states.data) + saved + group * kGroup * p.dim;
+    if constexpr (kPerLane == 2) {
+      if (pairs) {
+#pragma unroll
+        for (int i = 0; i < kStates; ++i)
+          if (exists(0, group * kGroup + lane * kStates + i))
+            *reinterpret_cast<float2*>(to + i * p.dim) = {h[0][i], h[1][i]};
+        return;
+      }
+    }
+    each(group, [&](int j, int i, int64_t n) {
+      if (exists(j, n)) to[i * p.dim + j] = h[j][i];
+    });
+  };
   int turn = 0;  // of the projections' buffers
   for (int tile = first_tile; tile < last_tile; ++tile) {
+    meet_teams(tile - first_tile);
     typename Shared::Staged& staged = shared.sequences[(tile - first_tile) & 1];
     for (int group = 0; group < groups; ++group, turn ^= 1) {
       const typename Shared::StagedProjections& staged_projections = shared.projections[turn];
@@ -323,13 +195,8 @@ __global__ void __launch_bounds__(2 * kWalkers,
         load_group(group);
         each(group, [&](int j, int i, int64_t) { h[j][i] = waiting[place_of(group, j, i)]; });
       }
-      if (p.states.data && tile) {
-        Number* to = static_cast<Number*>(p.states.data) + saved + group * kGroup * p.dim;
-        each(group, [&](int j, int i, int64_t n) {
-          if (exists(j, n)) to[i * p.dim + j] = h[j][i];
-        });
-      }
-      Meet<kThreads>();
+      if (p.states.data && tile) save(group);
+      meet_team();
       auto row_start = [](int i) { return Projections::template RowStart<float>(i) / kParts; };
       auto load = [&](const Number* from, bool varies, int row, Number(&to)[kPerLane][kStates]) {
 #pragma unroll
@@ -424,7 +291,9 @@ __global__ void __launch_bounds__(2 * kWalkers,
     }
     saved += (p.reverse ? -p.dstate : p.dstate) * p.dim;
   }
-  Meet<kThreads>();
+  for (int tile = last_tile; tile < first_tile + plan.span_tiles; ++tile)
+    meet_teams(tile - first_tile);
+  meet_team();
 
   if (p.last_state.data && block.span == plan.spans - 1) {
     for (int group = 0; group < groups; ++group) {
@@ -437,20 +306,251 @@ __global__ void __launch_bounds__(2 * kWalkers,
   }
 }
 
+template <typename Shared, int kStates, int kLanes, int kPerLane, int kWalkers, Elements kElements,
+          Layout kLayout>
+__global__ void __launch_bounds__(Shared::kMostThreads, Shared::kBlocks)
+    ForwardKernel(const __grid_constant__ Forward p, const __grid_constant__ Plan plan,
+                  const __grid_constant__ Pieces<typename Shared::Number> pieces) {
+  using Number = typename Shared::Number;
+  using Sequences = typename Shared::Sequences;
+  using Projections = typename Shared::Projections;
+  constexpr int kChannels = Shared::kChannels, kGroup = Shared::kGroup, kRow = Shared::kRow;
+  constexpr bool kVary = Shared::kVary, kOneGroup = Shared::kOneGroup;
+  constexpr bool kRestarts = Shared::kRestarts;
+  constexpr int kParts = NumberTraits<Number>::kParts;
+  constexpr int kStagers = Shared::kStagers, kThreads = Shared::kThreads;
+  // Teams of one block are far apart, so that they are of different spans.
+  constexpr bool kTeams = Shared::kMostTeams > 1;
+  const int team = kTeams ? threadIdx.x / kThreads : 0, most = kTeams ? blockDim.x / kThreads : 1;
+  const int64_t all = plan.blocks * plan.spans;
+  auto index_of = [&](int team) { return static_cast<int64_t>(team) * gridDim.x + blockIdx.x; };
+  if (kTeams && index_of(team) >= all) return;
+  const int teams = index_of(most - 1) < all ? most : most - 1;
+  auto meet_team = [&] { kTeams ? Meet(kThreads, 1 + team) : Meet<kThreads>(); };
+  // Before the tile-th of a span, also where others have more; not before the first, for later
+  // spans take longer to begin. (Stagers alone could meet, but it is by counting barriers that
+  // racecheck tells what was before and what after.)
+  auto meet_teams = [&](int tile) {
+    constexpr int kTogether = 8;
+    if (kTeams && teams > 1 && tile && tile % kTogether == 0) Meet(teams * kThreads, 0);
+  };
+
+  extern __shared__ char memory[];
+  Shared& shared = reinterpret_cast<Shared*>(memory)[team];
+  const Operands& o = p.operands;
+  const Block block(p, plan, index_of(team));
+  const bool has_z = o.z.data != nullptr;
+  const bool B_varies = kVary || p.B_varies, C_varies = kVary || p.C_varies;
+  const int groups = kOneGroup ? 1 : plan.state_groups;
+  const int first_tile = static_cast<int>(block.span) * plan.span_tiles;
+  const int tiles = min(plan.span_tiles, plan.tiles - first_tile);
+
+  // Stagers come first. Warps are dealt to the four schedulers in turn; where there are five of a
+  // kind, the two walkers on one scheduler are to have it for themselves, for which the fourth warp
+  // takes the place of the sixth.
+  int thread = static_cast<int>(threadIdx.x) - team * kThreads;
+  if (kWalkers == 5 * kWarp && (thread / kWarp == 3 || thread / kWarp == 5)) thread ^= 6 * kWarp;
+  StageVectors<kThreads, kChannels>(p, block, thread, shared.vectors);
+
+  if (thread < kStagers) {
+    const Lines lines = SequenceLines(p, block);
+    const Sequences sequences(lines, p.reverse, thread);
+    const Projections projections(ProjectionLines<kParts>(p, block), p.reverse, thread);
+    constexpr int kPairs = Sequences::kCount, kAhead = Shared::kAhead;
+    constexpr bool kRegular = Sequences::kRegular, kKeepsGates = Shared::kKeepsGates;
+    // A turn is for a tile and a group of states. Tiles count from the first of the span.
+    struct Turn {
+      int tile, group;
+    };
+    const int turns = tiles * groups;
+    auto turn_of = [&](int i) -> Turn {
+      if (groups == 1) return {i, 0};
+      return {i / groups, i % groups};
+    };
+    // The last tile of the sequence may have fewer steps.
+    const int partial = (p.reverse ? 0 : plan.tiles - 1) - first_tile;
+    auto rows_of = [&](int tile) {
+      Rows rows(p, plan, first_tile + tile, p.reverse);
+      rows.steps = tile == partial ? plan.last_steps : kTile;
+      return rows;
+    };
+    const Rows first_rows = rows_of(0);
+    int64_t sent_sequences = sequences.At(first_rows), finished = sent_sequences;
+    int64_t sent_projections = projections.At(first_rows);
+    [[maybe_unused]] auto quads = [&] {
+      if constexpr (kRegular)
+        return QuadCopies<Sequences, 3>(lines, first_rows.t0, sequences.Stride(), thread, o.u,
+                                        o.delta, o.z);
+      else
+        return 0;
+    }();
+    // odd: whether i is. The code knows it where it calls this, and so which buffers are meant.
+    auto slots_of = [&](int i, int odd) -> typename Shared::Next& {
+      return shared.next[Shared::kSlots == 2 ? odd : i % Shared::kSlots];
+    };
+    auto send = [&](int i, int odd) {
+      if (i < turns) {
+        const Turn turn = turn_of(i);
+        const Rows rows = rows_of(turn.tile);
+        auto& to = slots_of(i, odd);
+        if (turn.group == 0) {
+          if constexpr (kRegular) {
+            quads.Send(to.sequences[0], rows.steps);
+          } else {
+            sequences.Prefetch(o.u, sent_sequences, rows, to.sequences[0]);
+            sequences.Prefetch(o.delta, sent_sequences, rows, to.sequences[1]);
+            sequences.Prefetch(o.z, sent_sequences, rows, to.sequences[2], 0, has_z);
+            sent_sequences += sequences.Stride();
+          }
+        }
+        const int line = turn.group * kGroup * kParts;
+        const int64_t at = groups > 1 ? projections.At(rows, line) : sent_projections;
+        projections.Prefetch(o.B, at, rows, to.B, line, B_varies);
+        projections.Prefetch(o.C, at, rows, to.C, line, C_varies);
+        sent_projections += projections.Stride();
+      }
+      SendCopies();
+    };
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) send(i, i);
+    WaitForCopies<kAhead - 1>();
+    meet_team();
+
+    // D and delta_bias of the elements that this thread stages.
+    float2 D[kPairs] = {}, delta_bias[kPairs] = {};
+#pragma unroll
+    for (int k = 0; k < kPairs; ++k) {
+      if (!sequences.Mine(k)) continue;
+      D[k] = sequences.OfLines(shared.vectors.D, k);
+      delta_bias[k] = sequences.OfLines(shared.vectors.delta_bias, k);
+    }
+    [[maybe_unused]] float4 gates[2][kPairs];  // of odd tiles and of the others
+    auto stage_pair = [&](const Rows& rows, int k, uint2 u, uint2 delta, uint2 z,
+                          typename Shared::Staged& to) -> float4 {
+      if (!sequences.Mine(k)) return {};
+      const float2 input = sequences.Widen(u, k, o.u);
+      float2 value = sequences.Widen(delta, k, o.delta);
+      value = {value.x + delta_bias[k].x, value.y + delta_bias[k].y};
+      if (p.delta_softplus)
+        value = {Softplus<kExact<kElements>>(value.x).value,
+                 Softplus<kExact<kElements>>(value.y).value};
+      // Steps that are not there have delta 0, whatever the bias.
+      value = {sequences.Exists(k, 0, rows) ? value.x : 0.0f,
+               sequences.Exists(k, 1, rows) ? value.y : 0.0f};
+      sequences.Put(to.steps, k, {value.x, value.x * input.x}, {value.y, value.y * input.y});
+      float2 gate{1.0f, 1.0f};
+      if (has_z) {
+        const float2 x = sequences.Widen(z, k, o.z);
+        gate = {x.x * Sigmoid<kExact<kElements>>(x.x), x.y * Sigmoid<kExact<kElements>>(x.y)};
+      }
+      return {gate.x * kParts, D[k].x * input.x * gate.x, gate.y * kParts,
+              D[k].y * input.y * gate.y};
+    };
+    auto stage = [&](int i, int odd) {
+      const Turn turn = turn_of(i);
+      const auto& from = slots_of(i, odd);
+      if (turn.group == 0) {
+        const Rows rows = rows_of(turn.tile);
+        const int odd_tile = kOneGroup ? odd : turn.tile & 1;
+        typename Shared::Staged& to = shared.sequences[odd_tile];
+#pragma unroll
+        for (int k = 0; k < kPairs; ++k) {
+          auto take = [&](int array) { return sequences.Take(from.sequences[array], k); };
+          const float4 gate = stage_pair(rows, k, take(0), take(1), take(2), to);
+          if constexpr (kKeepsGates)
+            gates[odd_tile][k] = gate;
+          else if (sequences.Mine(k))
+            to.gates[sequences.Index(k)] = gate;
+        }
+        if (kRestarts && p.has_segments && thread < kWarp && turn.tile < tiles) {
+          const uint32_t restarts = Restarts(p, block.row, rows);
+          if (thread == 0) to.restarts = restarts;
+        }
+      }
+      auto stage_projection = [&](const Array& array, bool varies,
+                                  const typename Projections::Slot* slots, Number* to) {
+        if (varies) {
+#pragma unroll
+          for (int k = 0; k < Projections::kCount; ++k) {
+            const float2 x = projections.Widen(projections.Take(slots, k), k, array);
+            projections.Put(reinterpret_cast<float*>(to), k, x.x, x.y);
+          }
+        } else {
+          StageFixed<Number, kStagers, kChannels, kGroup, kRow>(p, block, array,
+                                                                turn.group * kGroup, thread, to);
+        }
+      };
+      typename Shared::StagedProjections& to = shared.projections[odd];
+      stage_projection(o.B, B_varies, from.B, to.B);
+      stage_projection(o.C, C_varies, from.C, to.C);
+    };
+    auto finish = [&](int tile, int odd_tile) {
+      const Rows rows = rows_of(tile);
+      const typename Shared::Staged& from = shared.sequences[odd_tile];
+#pragma unroll
+      for (int k = 0; k < kPairs; ++k) {
+        if (!sequences.Mine(k)) continue;
+        const float2 y = sequences.Get(from.y, k);
+        const float4 gate = kKeepsGates ? gates[odd_tile][k] : from.gates[sequences.Index(k)];
+        sequences.Store(p.out, finished, rows, k, fmaf(y.x, gate.x, gate.y),
+                        fmaf(y.y, gate.z, gate.w));
+      }
+      finished += sequences.Stride();
+    };
+    // Walkers take turn i.
+    auto take_turn = [&](int i, int odd) {
+      meet_team();
+      send(i + 1 + kAhead, kAhead % 2 ? odd : 1 - odd);
+      const Turn turn = turn_of(i);
+      if (turn.tile && turn.group == 0) finish(turn.tile - 1, kOneGroup ? 1 - odd : ~turn.tile & 1);
+      stage(i + 1, 1 - odd);
+      WaitForCopies<kAhead - 1>();
+    };
+    send(kAhead, kAhead % 2);
+    stage(0, 0);
+    WaitForCopies<kAhead - 1>();
+    int i = 0;
+#pragma unroll 1
+    for (; i < turns; i += 2) {
+      meet_teams(i);
+      take_turn(i, 0);
+      if (i + 1 < turns) take_turn(i + 1, 1);
+    }
+    for (; i < plan.span_tiles; i += 2) meet_teams(i);
+    meet_team();
+    if (tiles % 2)
+      finish(tiles - 1, 0);
+    else
+      finish(tiles - 1, 1);
+    return;
+  }
+
+  Walk<Shared, kStates, kLanes, kPerLane, kWalkers>(p, plan, pieces, block, shared,
+                                                    thread - kStagers, meet_team, meet_teams);
+}
+
 template <typename Number, int kStates, int kLanes, int kPerLane, int kWalkers, Elements kElements,
-          Layout kLayout, bool kRestarts = !IsRegular(kElements), bool kQuads = false>
+          Layout kLayout, bool kRestarts = !IsRegular(kElements)>
 Error Launch(const Forward& p, const Plan& plan, const ForwardWorkspace& workspace, Stream stream) {
-  const auto kernel = ForwardKernel<Number, kStates, kLanes, kPerLane, kWalkers, kElements, kLayout,
-                                    kRestarts, kQuads>;
-  constexpr int kShared = sizeof(ForwardShared<Number, kStates, kLanes, kPerLane, kWalkers,
-                                               kElements, kLayout, kRestarts, kQuads>);
+  using Shared =
+      ForwardShared<Number, kStates, kLanes, kPerLane, kWalkers, kElements, kLayout, kRestarts>;
+  const auto kernel =
+      ForwardKernel<Shared, kStates, kLanes, kPerLane, kWalkers, kElements, kLayout>;
+  constexpr int kShared = sizeof(Shared);
   constexpr int kWaiting = kStates * kPerLane * kWalkers * sizeof(Number);
   constexpr int kMost = kElements == Elements::kGeneral ? kMostStates : kMostPlainStates;
   static_assert(kShared + kMost / (kStates * kLanes) * kWaiting <= kSharedBytes);
-  const int bytes = kShared + (plan.state_groups > 1 ? plan.state_groups * kWaiting : 0);
+  static_assert(Shared::kMostTeams * kShared <= kSharedBytes);
+  // Those that share a multiprocessor, if all find room at once, are the teams of a block.
+  // Otherwise they come one by one, wherever there is room next.
+  const int64_t all = plan.blocks * plan.spans, multiprocessors = Multiprocessors();
+  const int64_t each = (all + multiprocessors - 1) / multiprocessors;
+  const bool together = each <= Shared::kMostTeams && each * kShared <= SharedBytesOfBlock();
+  const int teams = together ? static_cast<int>(each) : 1;
+  const int bytes = teams * kShared + (plan.state_groups > 1 ? plan.state_groups * kWaiting : 0);
   if (const Error error = AllowSharedBytes(kernel, bytes); error != kSuccess) return error;
-  kernel<<<static_cast<unsigned>(plan.blocks * plan.spans), 2 * kWalkers, bytes, stream>>>(
-      p, plan, PiecesIn<Number>(p, workspace));
+  kernel<<<static_cast<unsigned>((all + teams - 1) / teams), teams * Shared::kThreads, bytes,
+           stream>>>(p, plan, PiecesIn<Number>(p, workspace));
   return LastError();
 }
 
@@ -466,12 +566,7 @@ Error LaunchShape(const Forward& p, const Plan& plan, const ForwardWorkspace& wo
   if constexpr (IsRegular(kElements)) {
     if (plan.shape.lanes == 16) return launch(Launch<float, 4, 16, 2, 128, kElements, kLayout>);
     if (plan.shape.lanes == 2) return launch(Launch<float, 2, 2, 1, 128, kElements, kLayout>);
-    if (plan.shape.channels == 2) {
-      if constexpr (kElements == Elements::kFloat && kLayout == Layout::kTimeLast)
-        if (QuadsAligned(p))
-          return launch(Launch<float, 4, 4, 2, 128, kElements, kLayout, false, true>);
-      return launch(Launch<float, 4, 4, 2, 128, kElements, kLayout>);
-    }
+    if (plan.shape.channels == 2) return launch(Launch<float, 4, 4, 2, 128, kElements, kLayout>);
     switch (plan.walkers) {
       case 96:
         return launch(Launch<float, 4, 4, 1, 96, kElements, kLayout>);

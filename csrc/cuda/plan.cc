@@ -217,11 +217,15 @@ bool Aligned(std::initializer_list<Array> arrays, int count) {
   return true;
 }
 
+// Whether neighbours along the sequence, or channels side by side, may be moved so many at a time.
+bool Movable(const Problem& p, int count, std::initializer_list<Array> sequences) {
+  return (p.channel_last ? p.group_dim() : p.length) % count == 0 && Aligned(sequences, count);
+}
+
 Elements ElementsOf(const Problem& p, std::initializer_list<Array> arrays) {
   if (IsGeneral(p)) return Elements::kGeneral;
-  const bool sequences_even = (p.channel_last ? p.group_dim() : p.length) % 2 == 0;
   const bool projections_even = (p.channel_last ? p.dstate : p.length) % 2 == 0;
-  if (!sequences_even || !projections_even || !Aligned(arrays, 2)) return Elements::kOdd;
+  if (!projections_even || !Movable(p, 2, arrays)) return Elements::kOdd;
   return RegularOrMixed(arrays);
 }
 
@@ -229,7 +233,10 @@ Elements ElementsOf(const Problem& p, std::initializer_list<Array> arrays) {
 
 Elements ElementsOf(const Forward& p) {
   const Operands& o = p.operands;
-  return ElementsOf(p, {o.u, o.delta, o.B, o.C, o.z, p.out});
+  const Elements elements = ElementsOf(p, {o.u, o.delta, o.B, o.C, o.z, p.out});
+  if (!IsRegular(elements)) return elements;
+  const int of_quad = elements == Elements::kFloat ? 4 : 8;
+  return Movable(p, of_quad, {o.u, o.delta, o.z}) ? elements : Elements::kMixed;
 }
 
 Elements ElementsOf(const Backward& p) {
@@ -238,14 +245,9 @@ Elements ElementsOf(const Backward& p) {
       p, {o.u, o.delta, o.B, o.C, o.z, p.out_cotangent, ct.u, ct.delta, ct.B, ct.C, ct.z});
 }
 
-bool QuadsAligned(const Forward& p) {
+bool FloatsInQuads(const Backward& p) {
   const Operands& o = p.operands;
-  return p.length % 4 == 0 && Aligned({o.u, o.delta, o.z}, 4);
-}
-
-bool QuadsAligned(const Backward& p) {
-  const Operands& o = p.operands;
-  return p.length % 4 == 0 && Aligned({o.u, o.delta, o.z, p.out_cotangent}, 4);
+  return !p.channel_last && Movable(p, 4, {o.u, o.delta, o.z, p.out_cotangent});
 }
 
 }  // namespace jax_sscan::gpu

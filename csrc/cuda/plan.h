@@ -29,7 +29,8 @@ constexpr int64_t kSharedBytes = 227 * 1024, kLittleSharedBytes = 163 * 1024;
 
 // What a kernel has to reckon with along the sequence. kGeneral: with everything. kOdd: B and C
 // vary and are real, and sizes are not huge. kMixed: what is more, neighbours in memory may be
-// moved two at a time. The others are regular: what is more, all is stored in that dtype.
+// moved two at a time. The others are regular: what is more, all is stored in that dtype, and the
+// forward kernel may load 16 bytes at a time.
 enum class Elements { kGeneral, kOdd, kMixed, kFloat, kBfloat, kHalf };
 constexpr bool IsRegular(Elements e) { return e > Elements::kMixed; }
 
@@ -87,8 +88,7 @@ struct BackwardWorkspace {
 Elements ElementsOf(const Forward& p);
 Elements ElementsOf(const Backward& p);
 
-// Whether four floats may be loaded at once of each sequence, where time is last.
-bool QuadsAligned(const Forward& p);
-bool QuadsAligned(const Backward& p);
+// Whether backward may load four floats at a time, where time is last.
+bool FloatsInQuads(const Backward& p);
 
 }  // namespace jax_sscan::gpu

@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kThreads)
   const Operands& o = p.operands;
   const Block block(p, plan);
   const bool reversed = p.reverse != kBackward;
-  StageVectors<kThreads, kChannels>(p, block, shared.vectors);
+  StageVectors<kThreads, kChannels>(p, block, static_cast<int>(threadIdx.x), shared.vectors);
   const Array& from_B = kBackward ? o.C : o.B;
   const bool varies = kVary || (kBackward ? p.C_varies : p.B_varies);
   const int groups = plan.state_groups;

@@ -25,8 +25,8 @@ struct Block {
   int64_t first_channel;  // of dim
   int channels;           // at most plan.block_channels
 
-  __device__ Block(const Problem& p, const Plan& plan) {
-    int64_t i = blockIdx.x;
+  // i: of plan.blocks * plan.spans.
+  __device__ Block(const Problem& p, const Plan& plan, int64_t i = blockIdx.x) {
     index_in_group = i % plan.blocks_per_group;
     i /= plan.blocks_per_group;
     group = i % p.groups;
@@ -141,6 +141,8 @@ template <int kThreads, int kLines, int kPad, Elements kElements, Layout kLayout
           bool kSkewed = false, bool kQuads = false>
 class Tile {
  public:
+  static constexpr int kThreadCount = kThreads, kLineCount = kLines;
+  static constexpr bool kChannelLast = kLayout == Layout::kChannelLast;
   static constexpr bool kRegular = IsRegular(kElements);
   static constexpr bool kByPairs = kRegular || kElements == Elements::kMixed;
   // Offsets in memory count bytes where the dtype is known to the code, elements where it is not.
@@ -424,6 +426,57 @@ class Tile {
   bool pairs_are_steps_;
 };
 
+// Copies a tile of kArrays regular arrays that lie alike, 16 bytes at a time, to where `Take` of
+// `Tile` finds the pairs of each, one array after the other. Others may have copied what a thread
+// takes: between waiting and taking all have to meet.
+template <typename Tile, int kArrays>
+class QuadCopies {
+  static constexpr int kOfQuad = 16 / Tile::kUnit;  // elements
+  static constexpr int kNear = (Tile::kChannelLast ? Tile::kLineCount : kTile) / kOfQuad;
+  static constexpr int kOfArray = kTile * Tile::kLineCount / kOfQuad;
+  static constexpr int kAll = kArrays * kOfArray, kThreads = Tile::kThreadCount;
+  static constexpr int kCount = (kAll + kThreads - 1) / kThreads;  // of a thread
+  static_assert(Tile::kRegular && Tile::kAcross == 1);
+
+ public:
+  // From the tile that begins at t0 on, a stride apart, as Tile says.
+  template <typename... Arrays>
+  __device__ QuadCopies(const Lines& lines, int64_t t0, int64_t stride, int thread,
+                        const Arrays&... arrays)
+      : stride_(stride), thread_(thread) {
+    static_assert(sizeof...(arrays) == kArrays);
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      const int i = k * kThreads + thread, quad = i % kOfArray;
+      const int near = quad % kNear * kOfQuad, far = quad / kNear;
+      const int offset = Tile::kChannelLast ? far : near, line = Tile::kChannelLast ? near : far;
+      const char* data = nullptr;
+      int array = 0;
+      ((data = array++ == i / kOfArray ? static_cast<const char*>(arrays.data) : data), ...);
+      const int64_t at = lines.start + (t0 + offset) * lines.step + line * lines.stride;
+      from_[k] = data + at * Tile::kUnit;
+      offset_[k] = data && line < lines.count ? offset : kTile;
+    }
+  }
+  // The next tile, of so many steps.
+  __device__ void Send(typename Tile::Slot* slots, int steps) {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      const int i = k * kThreads + thread_;
+      if (kAll % kThreads == 0 || k + 1 < kCount || i < kAll)
+        CopyAsync<16>(slots + i * (16 / static_cast<int>(sizeof(*slots))), from_[k],
+                      offset_[k] < steps ? 16 : 0);
+      from_[k] += stride_;
+    }
+  }
+
+ private:
+  int64_t stride_;
+  int thread_;
+  int offset_[kCount];  // of a quad in a tile, in steps; kTile where there is none
+  const char* from_[kCount];
+};
+
 // Walkers count the lanes of a warp with the first and the last bit of their number exchanged; its
 // own inverse, for masks of lanes as well. Loads of 8 or 16 bytes from shared memory take half the
 // time where each lane reads the same as the neighbour it has by the first bit, or each as that by
@@ -474,16 +527,18 @@ __device__ inline void StageFixed(const Problem& p, const Block& block, const Ar
   }
 }
 
-// D and delta_bias of a block's channels, 0 for what is not there.
+// D and delta_bias of a block's channels, 0 for what is not there; the work of a thread of
+// kThreads.
 template <int kChannels>
 struct Vectors {
   alignas(8) float D[kChannels];
   alignas(8) float delta_bias[kChannels];
 };
 template <int kThreads, int kChannels>
-__device__ inline void StageVectors(const Problem& p, const Block& block, Vectors<kChannels>& to) {
+__device__ inline void StageVectors(const Problem& p, const Block& block, int thread,
+                                    Vectors<kChannels>& to) {
   const Operands& o = p.operands;
-  for (int i = threadIdx.x; i < kChannels; i += kThreads) {
+  for (int i = thread; i < kChannels; i += kThreads) {
     const int64_t at = block.instance * p.dim + block.first_channel + i;
     const bool exists = i < block.channels;
     to.D[i] = exists && o.D.data ? static_cast<const float*>(o.D.data)[at] : 0.0f;

@@ -69,6 +69,11 @@ __device__ inline void Meet() {
   asm volatile("bar.sync %0, %1;" ::"n"(kPlace), "n"(kThreads) : "memory");
 }
 
+// The same, where the code does not know how many meet, or where.
+__device__ inline void Meet(int threads, int place) {
+  asm volatile("bar.sync %0, %1;" ::"r"(place), "r"(threads) : "memory");
+}
+
 // The same for one warp, at a place of its own.
 __device__ inline void MeetWarp(int place) {
   asm volatile("bar.sync %0, %1;" ::"r"(place), "n"(kWarp) : "memory");
@@ -125,13 +130,17 @@ __device__ inline void WaitForCopies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kSentLater) : "memory");
 }
 
-// Shared memory that a block of the current device can have at most.
-inline int64_t SharedBytesOfBlock() {
-  int device = 0, bytes = 0;
+// Of the current device: shared memory that a block can have at most, and multiprocessors.
+inline int AttributeOfDevice(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
   cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  return bytes;
+  cudaDeviceGetAttribute(&value, attribute, device);
+  return value;
 }
+inline int64_t SharedBytesOfBlock() {
+  return AttributeOfDevice(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+}
+inline int64_t Multiprocessors() { return AttributeOfDevice(cudaDevAttrMultiProcessorCount); }
 
 // Lets a kernel take more dynamic shared memory than the 48 KB that need no asking.
 template <typename Kernel>

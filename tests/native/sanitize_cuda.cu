@@ -151,6 +151,7 @@ int main() {
           {1, 130, 33, 5, 1, kF16, kF16, kF32, channel_last, false, true, true, false, optional},
           {1, 7, 600, 16, 1, kF32, kF32, kF32, channel_last, false, true, true, false, optional},
           {1, 6, 800, 16, 1, kBf16, kBf16, kF32, channel_last, true, true, true, false, optional},
+          {2, 16, 24, 64, 1, kBf16, kBf16, kF32, channel_last, false, true, true, false, optional},
           {2, 10, 20, 64, 1, kBf16, kBf16, kF32, channel_last, false, true, true, false, optional},
           {1, 4, 20, 150, 2, kF32, kF32, kF32, channel_last, false, true, true, false, optional},
           {2, 24, 50, 16, 1, kBf16, kF32, kF32, channel_last, false, true, true, false, optional},
@@ -171,7 +172,10 @@ int main() {
       };
       for (const Config& config : configs) Run(config), ++count;
     }
-  // Enough blocks for the kernels of large problems.
+  // Enough blocks for the kernels of large problems, and for several teams to a block, of equal
+  // spans and of others.
   Run({64, 256, 16, 16, 1, kBf16, kBf16, kF32, true, false, true, true, false, true}), ++count;
+  Run({140, 24, 40, 16, 1, kBf16, kBf16, kF32, true, true, true, true, false, true}), ++count;
+  Run({2, 480, 1100, 16, 1, kF32, kF32, kF32, false, false, true, true, false, true}), ++count;
   std::printf("%d problems\n", count);
 }
