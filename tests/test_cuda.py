@@ -153,7 +153,7 @@ def test_float64_runs_in_pure_jax(mode: str) -> None:
         (2, 24, 3000, True),
         (2, 7, 1030, False),
         (1, 1, 20000, True),
-        (1, 640, 2500, False),  # more spans than multiprocessors, of which the last is shorter
+        (1, 640, 2500, False),  # several teams to a block, of which those of the last span have fewer tiles
         (1, 640, 2500, True),
     ],
 )

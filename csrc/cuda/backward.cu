@@ -57,7 +57,7 @@ struct BackwardShared {
   static constexpr int kChannels = kWalkers / kLanes * kPerLane, kGroup = kStates * kLanes;
   static constexpr int kParts = NumberTraits<Number>::kParts;
   static constexpr bool kVary = kElements != Elements::kGeneral;
-  // Those who stage come after those who walk, or are the same.
+  // Those who stage are counted after those who walk, or are the same.
   static constexpr int kStaging = kStagers ? kStagers : kWalkers, kFirst = kStagers ? kWalkers : 0;
   // Warps are dealt to the four schedulers in turn. Where ten walk, two of the five that stage are
   // to be on either scheduler where two walk and not three, for which one more stands in a place.

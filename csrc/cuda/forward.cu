@@ -13,8 +13,8 @@
 // scheduler are twice as many as there are channels for, and one kind's waits are the other's time.
 //
 // Where all teams find room at once, a multiprocessor's are one block and wait for each other now
-// and then. Schedulers prefer the older of their warps: by itself one team would be
-// done when the last has hardly begun, and that would have too few warps to fill its time.
+// and then. Schedulers prefer the older of their warps: by itself one team would be done when the
+// last has hardly begun, and that would have too few warps to fill its time.
 //
 // Shared memory, twice, for the tile that is walked and for the one that is staged: delta and
 // delta * u (softplus and bias done), B and C, y, and, where stagers lack the registers, what makes
@@ -45,7 +45,7 @@ struct ForwardShared {
   // 16 states or fewer are always one group.
   static constexpr bool kOneGroup = kVary && kGroup <= 16;
   // Of a multiprocessor: 768 threads leave each 80 registers, 512 leave 128.
-  static constexpr int kThreadsAtOnce = kRestarts && !kOneGroup && kVary ? 512 : 768;
+  static constexpr int kThreadsAtOnce = kRestarts && kGroup > 16 ? 512 : 768;
   static constexpr int kTeamsAtOnce = kThreadsAtOnce / kThreads;
   // Of a block; one where states that wait need the memory.
   static constexpr int kMostTeams = kOneGroup ? kTeamsAtOnce : 1;
@@ -518,6 +518,7 @@ __global__ void __launch_bounds__(Shared::kMostThreads, Shared::kBlocks)
     }
     for (; i < plan.span_tiles; i += 2) meet_teams(i);
     meet_team();
+    // The code has to know which gates are meant.
     if (tiles % 2)
       finish(tiles - 1, 0);
     else

@@ -28,7 +28,8 @@ struct Candidate {
   int walkers;
   int slots;  // blocks that fit a multiprocessor
   // Microseconds a tile takes (kTile steps of a block's channels, one group of states) where k
-  // blocks share a multiprocessor: alone + (k - 1) * another. Measured on an H200.
+  // blocks share a multiprocessor: alone + (k - 1) * another. Measured on an H200; for forward when
+  // its teams were blocks of their own.
   double alone, another;
 };
 

@@ -268,14 +268,8 @@ class Tile {
                                   uint32_t, uint2>;
   __device__ void Prefetch(const Array& from, int64_t at, const Rows& rows, Slot* slots,
                            int first_line = 0, bool wanted = true) const {
-    if constexpr (kQuads) {
 #pragma unroll
-      for (int k = 0; k < kCount; k += 2) PrefetchQuad(from, at, rows, slots, k, k, wanted);
-    } else {
-#pragma unroll
-      for (int k = 0; k < kCount; ++k)
-        PrefetchPair(from, at, rows, slots, k, k, wanted, first_line);
-    }
+    for (int k = 0; k < kCount; ++k) PrefetchPair(from, at, rows, slots, k, k, wanted, first_line);
   }
   // Pairs k and k + 1, for k even, of the whole warp.
   __device__ void PrefetchQuad(const Array& from, int64_t at, const Rows& rows, Slot* slots,
@@ -527,13 +521,13 @@ __device__ inline void StageFixed(const Problem& p, const Block& block, const Ar
   }
 }
 
-// D and delta_bias of a block's channels, 0 for what is not there; the work of a thread of
-// kThreads.
+// D and delta_bias of a block's channels, 0 for what is not there.
 template <int kChannels>
 struct Vectors {
   alignas(8) float D[kChannels];
   alignas(8) float delta_bias[kChannels];
 };
+// The work of a thread of kThreads.
 template <int kThreads, int kChannels>
 __device__ inline void StageVectors(const Problem& p, const Block& block, int thread,
                                     Vectors<kChannels>& to) {
