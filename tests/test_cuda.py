@@ -214,7 +214,7 @@ def test_every_shape_of_block(batch: int, dim: int, length: int, layout: str) ->
 @pytest.mark.gpu
 @pytest.mark.parametrize("layout", ["bdl", "bld"])
 @pytest.mark.parametrize("dstate", [16, 40])
-@pytest.mark.parametrize("length", [50, 51, 56, 704])
+@pytest.mark.parametrize("length", [50, 51, 56, 702, 704])
 @pytest.mark.parametrize("projections", ["bfloat16", "float32"])
 @pytest.mark.parametrize("segments", [False, True])
 def test_every_way_of_storing(projections: str, length: int, segments: bool, dstate: int, layout: str) -> None:

@@ -618,6 +618,7 @@ __global__ void __launch_bounds__(
     });
   };
   const Pieces<Number> pieces = PiecesIn<Number>(p, workspace);
+  if (block.span + 1 < plan.spans) WaitForBefore();  // for pieces
   for (int group = 0; group < groups; ++group) {
     auto exists = [&](int i, int j) {
       return channel_of(j) < block.channels && state_of(group, i) < p.dstate;
@@ -1023,10 +1024,8 @@ Error Launch(const Backward& p, const Plan& plan, const BackwardWorkspace& works
   constexpr int kShared = sizeof(Shared);
   constexpr bool kHungry = kStagers && kElements != Elements::kGeneral;
   static_assert(kShared <= (kHungry ? kSharedBytes : kLittleSharedBytes));
-  if (const Error error = AllowSharedBytes(kernel, kShared); error != kSuccess) return error;
-  kernel<<<static_cast<unsigned>(plan.blocks * plan.spans), Shared::kThreads, kShared, stream>>>(
-      p, plan, workspace);
-  return LastError();
+  return LaunchKernel(kernel, plan.blocks * plan.spans, Shared::kThreads, kShared, stream,
+                      plan.spans > 1, p, plan, workspace);
 }
 
 template <Elements kElements, Layout kLayout>
@@ -1046,7 +1045,7 @@ Error LaunchShape(const Backward& p, const Plan& plan, const BackwardWorkspace& 
         return launch(Launch<float, 2, 8, 2, 320, 160, false, kElements, kLayout>);
       case 256:
         if constexpr (kElements == Elements::kFloat && kLayout == Layout::kTimeLast)
-          if (FloatsInQuads(p))
+          if (InQuads(p))
             return launch(Launch<float, 4, 4, 2, 256, 128, false, kElements, kLayout, false, true>);
         return launch(Launch<float, 4, 4, 2, 256, 128, false, kElements, kLayout>);
       case 128:
@@ -1108,8 +1107,7 @@ Error LaunchSums(const Backward& p, const Plan& plan, const BackwardWorkspace& w
     end += (counts[i] + kThreads - 1) / kThreads;
     blocks.end[i] = static_cast<unsigned>(end);
   }
-  SumKernel<<<blocks.end[kSumArrays - 1], kThreads, 0, stream>>>(p, plan, workspace, blocks);
-  return LastError();
+  return LaunchKernel(SumKernel, end, kThreads, 0, stream, false, p, plan, workspace, blocks);
 }
 
 }  // namespace

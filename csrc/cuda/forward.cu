@@ -137,6 +137,7 @@ __device__ __forceinline__ void Walk(const Forward& p, const Plan& plan,
     return ((group * kPerLane + j) * kStates + i) * kWalkers;
   };
   meet_team();
+  if (block.span) WaitForBefore();  // for pieces
   for (int group = 0; group < groups; ++group) {
     load_group(group);
     each(group, [&](int j, int i, int64_t n) {
@@ -187,7 +188,7 @@ __device__ __forceinline__ void Walk(const Forward& p, const Plan& plan,
   };
   int turn = 0;  // of the projections' buffers
   for (int tile = first_tile; tile < last_tile; ++tile) {
-    meet_teams(tile - first_tile);
+    meet_teams(tile - first_tile, false);
     typename Shared::Staged& staged = shared.sequences[(tile - first_tile) & 1];
     for (int group = 0; group < groups; ++group, turn ^= 1) {
       const typename Shared::StagedProjections& staged_projections = shared.projections[turn];
@@ -292,7 +293,7 @@ __device__ __forceinline__ void Walk(const Forward& p, const Plan& plan,
     saved += (p.reverse ? -p.dstate : p.dstate) * p.dim;
   }
   for (int tile = last_tile; tile < first_tile + plan.span_tiles; ++tile)
-    meet_teams(tile - first_tile);
+    meet_teams(tile - first_tile, false);
   meet_team();
 
   if (p.last_state.data && block.span == plan.spans - 1) {
@@ -327,13 +328,6 @@ __global__ void __launch_bounds__(Shared::kMostThreads, Shared::kBlocks)
   if (kTeams && index_of(team) >= all) return;
   const int teams = index_of(most - 1) < all ? most : most - 1;
   auto meet_team = [&] { kTeams ? Meet(kThreads, 1 + team) : Meet<kThreads>(); };
-  // Before the tile-th of a span, also where others have more; not before the first, for later
-  // spans take longer to begin. (Stagers alone could meet, but it is by counting barriers that
-  // racecheck tells what was before and what after.)
-  auto meet_teams = [&](int tile) {
-    constexpr int kTogether = 8;
-    if (kTeams && teams > 1 && tile && tile % kTogether == 0) Meet(teams * kThreads, 0);
-  };
 
   extern __shared__ char memory[];
   Shared& shared = reinterpret_cast<Shared*>(memory)[team];
@@ -351,6 +345,14 @@ __global__ void __launch_bounds__(Shared::kMostThreads, Shared::kBlocks)
   int thread = static_cast<int>(threadIdx.x) - team * kThreads;
   if (kWalkers == 5 * kWarp && (thread / kWarp == 3 || thread / kWarp == 5)) thread ^= 6 * kWarp;
   StageVectors<kThreads, kChannels>(p, block, thread, shared.vectors);
+  // Before the tile-th of a span, also where others have more; not before the first, for later
+  // spans take longer to begin. It is for stagers, but walkers meet as often: it is by counting
+  // barriers that racecheck tells what was before and what after.
+  auto meet_teams = [&](int tile, bool stages) {
+    constexpr int kTogether = 8;
+    if (kTeams && teams > 1 && tile && tile % kTogether == 0)
+      stages ? Meet(teams * kStagers, 0) : Meet(kWalkers, 1 + Shared::kMostTeams + team);
+  };
 
   if (thread < kStagers) {
     const Lines lines = SequenceLines(p, block);
@@ -363,9 +365,13 @@ __global__ void __launch_bounds__(Shared::kMostThreads, Shared::kBlocks)
       int tile, group;
     };
     const int turns = tiles * groups;
-    auto turn_of = [&](int i) -> Turn {
-      if (groups == 1) return {i, 0};
-      return {i / groups, i % groups};
+    // The one to be sent for next, to be staged, to be taken; all are gone through in order.
+    Turn to_send{}, to_stage{}, to_take{};
+    auto next_turn = [&](Turn& turn, int i) -> Turn {
+      if (kOneGroup) return {i, 0};
+      const Turn now = turn;
+      if (++turn.group == groups) ++turn.tile, turn.group = 0;
+      return now;
     };
     // The last tile of the sequence may have fewer steps.
     const int partial = (p.reverse ? 0 : plan.tiles - 1) - first_tile;
@@ -379,8 +385,7 @@ __global__ void __launch_bounds__(Shared::kMostThreads, Shared::kBlocks)
     int64_t sent_projections = projections.At(first_rows);
     [[maybe_unused]] auto quads = [&] {
       if constexpr (kRegular)
-        return QuadCopies<Sequences, 3>(lines, first_rows.t0, sequences.Stride(), thread, o.u,
-                                        o.delta, o.z);
+        return QuadCopies<Sequences, 3>(lines, first_rows.t0, thread, o.u, o.delta, o.z);
       else
         return 0;
     }();
@@ -390,12 +395,12 @@ __global__ void __launch_bounds__(Shared::kMostThreads, Shared::kBlocks)
     };
     auto send = [&](int i, int odd) {
       if (i < turns) {
-        const Turn turn = turn_of(i);
+        const Turn turn = next_turn(to_send, i);
         const Rows rows = rows_of(turn.tile);
         auto& to = slots_of(i, odd);
         if (turn.group == 0) {
           if constexpr (kRegular) {
-            quads.Send(to.sequences[0], rows.steps);
+            quads.Send(to.sequences[0], rows.steps, sequences.Stride());
           } else {
             sequences.Prefetch(o.u, sent_sequences, rows, to.sequences[0]);
             sequences.Prefetch(o.delta, sent_sequences, rows, to.sequences[1]);
@@ -447,7 +452,7 @@ __global__ void __launch_bounds__(Shared::kMostThreads, Shared::kBlocks)
               D[k].y * input.y * gate.y};
     };
     auto stage = [&](int i, int odd) {
-      const Turn turn = turn_of(i);
+      const Turn turn = next_turn(to_stage, i);
       const auto& from = slots_of(i, odd);
       if (turn.group == 0) {
         const Rows rows = rows_of(turn.tile);
@@ -501,7 +506,7 @@ __global__ void __launch_bounds__(Shared::kMostThreads, Shared::kBlocks)
     auto take_turn = [&](int i, int odd) {
       meet_team();
       send(i + 1 + kAhead, kAhead % 2 ? odd : 1 - odd);
-      const Turn turn = turn_of(i);
+      const Turn turn = next_turn(to_take, i);
       if (turn.tile && turn.group == 0) finish(turn.tile - 1, kOneGroup ? 1 - odd : ~turn.tile & 1);
       stage(i + 1, 1 - odd);
       WaitForCopies<kAhead - 1>();
@@ -512,11 +517,11 @@ __global__ void __launch_bounds__(Shared::kMostThreads, Shared::kBlocks)
     int i = 0;
 #pragma unroll 1
     for (; i < turns; i += 2) {
-      meet_teams(i);
+      meet_teams(i, true);
       take_turn(i, 0);
       if (i + 1 < turns) take_turn(i + 1, 1);
     }
-    for (; i < plan.span_tiles; i += 2) meet_teams(i);
+    for (; i < plan.span_tiles; i += 2) meet_teams(i, true);
     meet_team();
     // The code has to know which gates are meant.
     if (tiles % 2)
@@ -549,10 +554,8 @@ Error Launch(const Forward& p, const Plan& plan, const ForwardWorkspace& workspa
   const bool together = each <= Shared::kMostTeams && each * kShared <= SharedBytesOfBlock();
   const int teams = together ? static_cast<int>(each) : 1;
   const int bytes = teams * kShared + (plan.state_groups > 1 ? plan.state_groups * kWaiting : 0);
-  if (const Error error = AllowSharedBytes(kernel, bytes); error != kSuccess) return error;
-  kernel<<<static_cast<unsigned>((all + teams - 1) / teams), teams * Shared::kThreads, bytes,
-           stream>>>(p, plan, PiecesIn<Number>(p, workspace));
-  return LastError();
+  return LaunchKernel(kernel, (all + teams - 1) / teams, teams * Shared::kThreads, bytes, stream,
+                      plan.spans > 1, p, plan, PiecesIn<Number>(p, workspace));
 }
 
 template <Elements kElements, Layout kLayout>

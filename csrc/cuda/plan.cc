@@ -12,13 +12,17 @@ namespace {
 constexpr int64_t kMultiprocessors = 132;
 // Shorter spans spend their time on entering and leaving.
 constexpr int kShortestSpan = 8;
-// The pass before spans, in microseconds: per state and step, the same where it may stop early
-// (whether it does depends on flags that a plan does not know, and on the data), and for its
-// launch.
-constexpr double kPassTime = 0.34e-6, kEarlyPassTime = 0.4 * kPassTime, kPassLaunch = 5.0;
-// So many of its blocks, of 32 channels and pieces that are not too short, fill a multiprocessor.
-constexpr int64_t kPassBlocks = 4, kPassChannels = 32;
+// The pass before spans, in microseconds: per state and step, and for its launch. It takes so many
+// channels to a block, and pieces of spans that are not too short.
+constexpr double kPassTime = 0.39e-6, kPassLaunch = 5.0;
+constexpr int64_t kPassChannels = 32;
 constexpr int kShortestPiece = 8;
+
+// Blocks of that pass that find room on a multiprocessor.
+int64_t PassBlocks(const Problem& p, Elements elements) {
+  if (IsRegular(elements)) return p.has_segments ? 4 : 5;
+  return elements == Elements::kMixed ? 4 : elements == Elements::kOdd ? 3 : 2;
+}
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -28,10 +32,15 @@ struct Candidate {
   int walkers;
   int slots;  // blocks that fit a multiprocessor
   // Microseconds a tile takes (kTile steps of a block's channels, one group of states) where k
-  // blocks share a multiprocessor: alone + (k - 1) * another. Measured on an H200; for forward when
-  // its teams were blocks of their own.
+  // blocks (or teams) share a multiprocessor: alone + (k - 1) * another. Measured on an H100.
   double alone, another;
 };
+
+// The pass before long spans, and tiles after which it stops where a step is 0.03 on average and no
+// state decays more slowly than by exp(-0.03) in it. (Whether it does stop depends on flags that a
+// plan does not know, and on the data.)
+constexpr Candidate kEarlyPass = {{4, 4, 1}, 128, 4, 0.45, 0.29};
+constexpr int kEarlyTiles = 300;
 
 double TileTime(const Candidate& c, int64_t blocks) {
   const int64_t each = CeilDiv(blocks, kMultiprocessors);
@@ -65,18 +74,19 @@ Plan Cut(const Problem& p, Elements elements, std::initializer_list<Candidate> c
       plan.span_tiles = static_cast<int>(CeilDiv(plan.tiles, spans));
       plan.spans = static_cast<int>(CeilDiv(plan.tiles, plan.span_tiles));
       double time = TileTime(c, plan.blocks * plan.spans) * plan.span_tiles * plan.state_groups;
-      const bool early = plan.span_tiles >= kLongSpan;
+      const bool early = plan.span_tiles >= kLongSpan && p.dstate <= 16;
       const int64_t blocks =
           p.batch * p.groups * CeilDiv(p.group_dim(), kPassChannels) * (plan.spans - 1);
       const int64_t pieces =
-          early || blocks == 0 ? 1
-                               : std::clamp<int64_t>(kPassBlocks * kMultiprocessors / blocks, 1,
-                                                     std::max(plan.span_tiles / kShortestPiece, 1));
+          early || blocks == 0
+              ? 1
+              : std::clamp<int64_t>(PassBlocks(p, elements) * kMultiprocessors / blocks, 1,
+                                    std::max(plan.span_tiles / kShortestPiece, 1));
       plan.piece_tiles = static_cast<int>(CeilDiv(plan.span_tiles, pieces));
       plan.pieces = static_cast<int>(CeilDiv(plan.span_tiles, plan.piece_tiles));
       if (plan.spans > 1)
-        time += states * (plan.spans - 1) / plan.spans * (early ? kEarlyPassTime : kPassTime) +
-                kPassLaunch;
+        time += kPassLaunch + (early ? TileTime(kEarlyPass, blocks) * kEarlyTiles
+                                     : states * (plan.spans - 1) / plan.spans * kPassTime);
       if (best.walkers && time >= best_time) continue;
       best = plan;
       best_time = time;
@@ -119,12 +129,12 @@ Plan Plan::Forward(const Problem& p, Elements elements) {
   if (!regular || p.has_segments)
     return p.dstate > 16 ? cut({{{4, 16, 2}, 128, 2, 1.6, 0.8}})
                          : cut({{{4, 4, 1}, 128, 3, regular ? 0.75 : 0.9, regular ? 0.45 : 0.6}});
-  if (p.dstate > 16) return cut({{{4, 16, 2}, 128, 3, 1.3, 0.58}});
-  if (p.dstate <= 4) return cut({{{2, 2, 1}, 128, 3, 0.72, 0.42}});
-  return cut({{{4, 4, 1}, 96, 4, 0.70, 0.335},
-              {{4, 4, 1}, 128, 3, 0.65, 0.41},
-              {{4, 4, 1}, 160, 2, 0.79, 0.55},
-              {{4, 4, 2}, 128, 3, 1.08, 0.78}});
+  if (p.dstate > 16) return cut({{{4, 16, 2}, 128, 3, 1.1, 0.65}});
+  if (p.dstate <= 4) return cut({{{2, 2, 1}, 128, 3, 0.94, 0.28}});
+  return cut({{{4, 4, 1}, 96, 4, 0.63, 0.286},
+              {{4, 4, 1}, 128, 3, 0.63, 0.355},
+              {{4, 4, 1}, 160, 2, 0.76, 0.51},
+              {{4, 4, 2}, 128, 3, 1.20, 0.615}});
 }
 
 Plan Plan::Backward(const Problem& p, Elements elements, bool little_shared) {
@@ -223,6 +233,11 @@ bool Movable(const Problem& p, int count, std::initializer_list<Array> sequences
   return (p.channel_last ? p.group_dim() : p.length) % count == 0 && Aligned(sequences, count);
 }
 
+// The same for 16 bytes of sequences of one dtype.
+bool MovableInQuads(const Problem& p, std::initializer_list<Array> sequences) {
+  return Movable(p, static_cast<int>(16 / ffi::ByteWidth(p.operands.u.dtype)), sequences);
+}
+
 Elements ElementsOf(const Problem& p, std::initializer_list<Array> arrays) {
   if (IsGeneral(p)) return Elements::kGeneral;
   const bool projections_even = (p.channel_last ? p.dstate : p.length) % 2 == 0;
@@ -235,9 +250,7 @@ Elements ElementsOf(const Problem& p, std::initializer_list<Array> arrays) {
 Elements ElementsOf(const Forward& p) {
   const Operands& o = p.operands;
   const Elements elements = ElementsOf(p, {o.u, o.delta, o.B, o.C, o.z, p.out});
-  if (!IsRegular(elements)) return elements;
-  const int of_quad = elements == Elements::kFloat ? 4 : 8;
-  return Movable(p, of_quad, {o.u, o.delta, o.z}) ? elements : Elements::kMixed;
+  return IsRegular(elements) && !InQuads(p) ? Elements::kMixed : elements;
 }
 
 Elements ElementsOf(const Backward& p) {
@@ -246,9 +259,14 @@ Elements ElementsOf(const Backward& p) {
       p, {o.u, o.delta, o.B, o.C, o.z, p.out_cotangent, ct.u, ct.delta, ct.B, ct.C, ct.z});
 }
 
-bool FloatsInQuads(const Backward& p) {
+bool InQuads(const Forward& p) {
   const Operands& o = p.operands;
-  return !p.channel_last && Movable(p, 4, {o.u, o.delta, o.z, p.out_cotangent});
+  return MovableInQuads(p, {o.u, o.delta, o.z});
+}
+
+bool InQuads(const Backward& p) {
+  const Operands& o = p.operands;
+  return MovableInQuads(p, {o.u, o.delta, o.z, p.out_cotangent});
 }
 
 }  // namespace jax_sscan::gpu

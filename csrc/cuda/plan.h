@@ -88,7 +88,8 @@ struct BackwardWorkspace {
 Elements ElementsOf(const Forward& p);
 Elements ElementsOf(const Backward& p);
 
-// Whether backward may load four floats at a time, where time is last.
-bool FloatsInQuads(const Backward& p);
+// Whether sequences of one dtype may be loaded 16 bytes at a time.
+bool InQuads(const Forward& p);
+bool InQuads(const Backward& p);
 
 }  // namespace jax_sscan::gpu

@@ -24,10 +24,11 @@
 namespace jax_sscan::gpu {
 namespace {
 
-constexpr int kWalkers = 128, kStagers = 64, kThreads = kWalkers + kStagers;
 // Tiles after which a block asks itself whether it has forgotten what came before: all wait for the
 // answer.
 constexpr int kStretch = 8;
+
+constexpr int kWalkers = 128, kStagers = 64, kThreads = kWalkers + kStagers;
 
 // 16 states at a time, on as few lanes as registers allow.
 template <typename Number>
@@ -50,11 +51,13 @@ struct SpanShared : SpanShape<Number> {
   alignas(16) float2 steps[2][Sequences::kCells];  // delta, input
   alignas(16) Number B[2][kRows * kRow];
   uint32_t restarts[2];
-  // What comes next, as it lies in memory.
-  typename Sequences::Slot delta[Sequences::kCount * kStagers];
-  typename Sequences::Slot input[Sequences::kCount * kStagers];
-  typename Sequences::Slot z[Sequences::kCount * kStagers];
-  typename Projections::Slot next_B[Projections::kCount * kStagers];
+  // What comes next, as it lies in memory. One is taken from, the other is on its way.
+  struct Next {
+    // delta, input and z
+    alignas(16) typename Sequences::Slot sequences[3][Sequences::kCount * kStagers];
+    typename Projections::Slot B[Projections::kCount * kStagers];
+  };
+  Next next[2];
   Vectors<kChannels> vectors;
 };
 
@@ -72,6 +75,7 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int kRow = Shared::kRow, kParts = NumberTraits<Number>::kParts;
   extern __shared__ char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
+  LetNextBegin();
   const Operands& o = p.operands;
   const Block block(p, plan);
   const bool reversed = p.reverse != kBackward;
@@ -105,10 +109,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
       for (int i = 0; i < kStates; ++i) grows |= !(rate[i] <= 0.0f);
     forgets = !MeetAny<kThreads>(grows);
-  } else {
-    Meet<kThreads>();
   }
-
   const int turns = forgets ? (tiles + kStretch - 1) / kStretch * kStretch : tiles;
 
   if (walker < 0) {
@@ -120,7 +121,8 @@ __global__ void __launch_bounds__(kThreads)
       else
         return o.u;
     }();
-    const Sequences sequences(SequenceLines(p, block), reversed, stager);
+    const Lines lines = SequenceLines(p, block);
+    const Sequences sequences(lines, reversed, stager);
     const Projections projections(ProjectionLines<kParts>(p, block), reversed, stager);
     auto rows_of = [&](int i) {
       // The last stretch may begin before the span.
@@ -130,43 +132,50 @@ __global__ void __launch_bounds__(kThreads)
       rows.reversed = reversed;
       return rows;
     };
+    [[maybe_unused]] auto quads = [&] {
+      if constexpr (!Sequences::kRegular)
+        return 0;
+      else if constexpr (kBackward)
+        return QuadCopies<Sequences, 3>(lines, rows_of(0).t0, stager, o.delta, from_input, o.z);
+      else
+        return QuadCopies<Sequences, 2>(lines, rows_of(0).t0, stager, o.delta, from_input);
+    }();
     // What is sent for and staged next: tiles, and groups of states of them.
     int sent_tile = 0, sent_group = 0, staged_tile = 0, staged_group = 0;
     auto advance = [&](int& tile, int& group) {
       if (++group == groups) group = 0, ++tile;
     };
-    auto send = [&] {
-      const Rows rows = rows_of(sent_tile);
-      if (sent_group == 0) {
-        const int64_t at = sequences.At(rows);
-        sequences.Prefetch(o.delta, at, rows, shared.delta);
-        sequences.Prefetch(from_input, at, rows, shared.input);
-        sequences.Prefetch(o.z, at, rows, shared.z, 0, has_z);
+    auto send = [&](int slot) {
+      if (sent_tile < turns) {
+        typename Shared::Next& to = shared.next[slot];
+        const Rows rows = rows_of(sent_tile);
+        if (sent_group == 0) {
+          if constexpr (Sequences::kRegular) {
+            quads.Send(to.sequences[0], rows.steps,
+                       sequences.Between(rows, rows_of(sent_tile + 1)));
+          } else {
+            const int64_t at = sequences.At(rows);
+            sequences.Prefetch(o.delta, at, rows, to.sequences[0]);
+            sequences.Prefetch(from_input, at, rows, to.sequences[1]);
+            sequences.Prefetch(o.z, at, rows, to.sequences[2], 0, has_z);
+          }
+        }
+        const int line = sent_group * kGroup * kParts;
+        projections.Prefetch(from_B, projections.At(rows, line), rows, to.B, line, varies);
+        advance(sent_tile, sent_group);
       }
-      const int line = sent_group * kGroup * kParts;
-      projections.Prefetch(from_B, projections.At(rows, line), rows, shared.next_B, line, varies);
       SendCopies();
-      advance(sent_tile, sent_group);
     };
-    // As in the forward kernel: what was sent for is in registers before the next is sent for.
-    auto stage = [&] {
-      const Rows rows = rows_of(staged_tile);
-      typename Sequences::Raw delta, input, z;
-      WaitForCopies();
+    auto stage = [&](int slot) {
+      const typename Shared::Next& next = shared.next[slot];
       if (staged_group == 0) {
-        delta = sequences.TakeAll(shared.delta);
-        input = sequences.TakeAll(shared.input);
-        if (has_z) z = sequences.TakeAll(shared.z);
-      }
-      typename Projections::Raw B;
-      if (varies) B = projections.TakeAll(shared.next_B);
-      send();
-      if (staged_group == 0) {
+        const Rows rows = rows_of(staged_tile);
         const int to = staged_tile & 1;
 #pragma unroll
         for (int k = 0; k < Sequences::kCount; ++k) {
           if (!sequences.Mine(k)) continue;
-          float2 value = sequences.Widen(delta.pair[k], k, o.delta);
+          auto take = [&](int array) { return sequences.Take(next.sequences[array], k); };
+          float2 value = sequences.Widen(take(0), k, o.delta);
           const float2 bias = sequences.OfLines(shared.vectors.delta_bias, k);
           value = {value.x + bias.x, value.y + bias.y};
           if (p.delta_softplus)
@@ -175,10 +184,10 @@ __global__ void __launch_bounds__(kThreads)
           // Steps that are not there have delta 0, whatever the bias.
           if (!sequences.Exists(k, 0, rows)) value.x = 0.0f;
           if (!sequences.Exists(k, 1, rows)) value.y = 0.0f;
-          float2 in = sequences.Widen(input.pair[k], k, from_input);
+          float2 in = sequences.Widen(take(1), k, from_input);
           if constexpr (!kBackward) in = {in.x * value.x, in.y * value.y};
           if (has_z) {
-            const float2 x = sequences.Widen(z.pair[k], k, o.z);
+            const float2 x = sequences.Widen(take(2), k, o.z);
             in = {in.x * x.x * Sigmoid<kExact<kElements>>(x.x),
                   in.y * x.y * Sigmoid<kExact<kElements>>(x.y)};
           }
@@ -195,7 +204,7 @@ __global__ void __launch_bounds__(kThreads)
       if (varies) {
 #pragma unroll
         for (int k = 0; k < Projections::kCount; ++k) {
-          const float2 x = projections.Widen(B.pair[k], k, from_B);
+          const float2 x = projections.Widen(projections.Take(next.B, k), k, from_B);
           projections.Put(reinterpret_cast<float*>(to), k, x.x, x.y);
         }
       } else {
@@ -204,18 +213,26 @@ __global__ void __launch_bounds__(kThreads)
       }
       advance(staged_tile, staged_group);
     };
-    send();
-    stage();
+    // What others copied is there after waiting and meeting.
+    send(0);
+    WaitForCopies();
+    Meet<kThreads>();
+    send(1);
+    stage(0);
+    WaitForCopies();
     for (int i = 0; i < turns * groups; ++i) {
       if (kForgets && i % kStretch == 0) {
         if (!MeetAny<kThreads>(false)) break;
       } else {
         Meet<kThreads>();
       }
-      stage();
+      send(i & 1);
+      stage(~i & 1);
+      WaitForCopies();
     }
     return;
   }
+  Meet<kThreads>();
 
   // h: the state at the end of all tiles so far, or of those of a stretch.
   Number h[kStates];
@@ -332,13 +349,12 @@ Error Launch(const Pass& p, Plan plan, Number* ends, float* sum_delta, Stream st
   auto launch = [&](auto elements, auto layout, auto forgets) {
     constexpr Elements kElements = decltype(elements)::value;
     constexpr Layout kLayout = decltype(layout)::value;
-    const auto kernel = SpanKernel<Pass, Number, kElements, kLayout, decltype(forgets)::value>;
-    int bytes = sizeof(SpanShared<Number, kElements, kLayout>);
+    using Shared = SpanShared<Number, kElements, kLayout>;
+    int bytes = sizeof(Shared);
     if (plan.state_groups > 1) bytes += plan.state_groups * kStates * kWalkers * sizeof(Number);
-    if (const Error error = AllowSharedBytes(kernel, bytes); error != kSuccess) return error;
-    kernel<<<static_cast<unsigned>(plan.blocks * (plan.spans - 1) * plan.pieces), kThreads, bytes,
-             stream>>>(p, plan, ends, sum_delta);
-    return LastError();
+    return LaunchKernel(SpanKernel<Pass, Number, kElements, kLayout, decltype(forgets)::value>,
+                        plan.blocks * (plan.spans - 1) * plan.pieces, kThreads, bytes, stream,
+                        false, p, plan, ends, sum_delta);
   };
   const bool forgets = plan.span_tiles >= kLongSpan && p.delta_softplus && plan.state_groups == 1;
   [[maybe_unused]] auto launch_layout = [&](auto elements, auto forgets) {
@@ -354,9 +370,9 @@ Error Launch(const Pass& p, Plan plan, Number* ends, float* sum_delta, Stream st
   };
   auto choose = [&] {
     if constexpr (std::is_same_v<Number, float>) {
-      // Irregular kernels restart.
-      const bool restarts = IsRegular(plan.elements) && p.has_segments;
-      switch (restarts ? Elements::kMixed : plan.elements) {
+      // Irregular kernels restart, and copy less at a time.
+      const bool mixed = IsRegular(plan.elements) && (p.has_segments || !InQuads(p));
+      switch (mixed ? Elements::kMixed : plan.elements) {
         case Elements::kFloat:
           return launch_regular(std::integral_constant<Elements, Elements::kFloat>{});
         case Elements::kBfloat:

@@ -171,10 +171,6 @@ class Tile {
   static constexpr int kAcross = kLayout == Layout::kChannelLast ? kLines / 2 / kNear : 1;
   static_assert(kAcross == 1 || kPairs % kThreads == 0);
 
-  struct Raw {
-    uint2 pair[kCount];
-  };
-
   // One of a thread's pairs: of those across a row, in one of its rows.
   struct Place {
     int row, across;
@@ -259,6 +255,9 @@ class Tile {
     return start_ + rows.t0 * step_ + first_line * stride_;
   }
   __device__ int64_t Stride() const { return reversed_ ? -kTile * step_ : kTile * step_; }
+  __device__ int64_t Between(const Rows& rows, const Rows& later) const {
+    return (later.t0 - rows.t0) * step_;
+  }
 
   // Loads into slots of shared memory, (kCount, kThreads), of which a thread reads its own back by
   // Take, after WaitForCopies. It spares the registers, and the compiler's guesses of when what is
@@ -311,13 +310,6 @@ class Tile {
       return {slots[Index(k)], 0};
     else
       return slots[Index(k)];
-  }
-
-  __device__ Raw TakeAll(const Slot* slots) const {
-    Raw raw;
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) raw.pair[k] = Take(slots, k);
-    return raw;
   }
 
   // What a slot of pair k holds.
@@ -433,11 +425,10 @@ class QuadCopies {
   static_assert(Tile::kRegular && Tile::kAcross == 1);
 
  public:
-  // From the tile that begins at t0 on, a stride apart, as Tile says.
+  // From the tile that begins at t0 on.
   template <typename... Arrays>
-  __device__ QuadCopies(const Lines& lines, int64_t t0, int64_t stride, int thread,
-                        const Arrays&... arrays)
-      : stride_(stride), thread_(thread) {
+  __device__ QuadCopies(const Lines& lines, int64_t t0, int thread, const Arrays&... arrays)
+      : thread_(thread) {
     static_assert(sizeof...(arrays) == kArrays);
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
@@ -452,20 +443,19 @@ class QuadCopies {
       offset_[k] = data && line < lines.count ? offset : kTile;
     }
   }
-  // The next tile, of so many steps.
-  __device__ void Send(typename Tile::Slot* slots, int steps) {
+  // The next tile, of so many steps. The one after it is a stride further, as Tile says.
+  __device__ void Send(typename Tile::Slot* slots, int steps, int64_t stride) {
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
       const int i = k * kThreads + thread_;
       if (kAll % kThreads == 0 || k + 1 < kCount || i < kAll)
         CopyAsync<16>(slots + i * (16 / static_cast<int>(sizeof(*slots))), from_[k],
                       offset_[k] < steps ? 16 : 0);
-      from_[k] += stride_;
+      from_[k] += stride;
     }
   }
 
  private:
-  int64_t stride_;
   int thread_;
   int offset_[kCount];  // of a quad in a tile, in steps; kTile where there is none
   const char* from_[kCount];

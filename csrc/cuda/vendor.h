@@ -130,6 +130,20 @@ __device__ inline void WaitForCopies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kSentLater) : "memory");
 }
 
+// A kernel that was launched early begins once all blocks of the one before it in the stream have
+// said so, or have ended.
+__device__ inline void LetNextBegin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+// What the one before wrote is there, and that one has ended.
+__device__ inline void WaitForBefore() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // Of the current device: shared memory that a block can have at most, and multiprocessors.
 inline int AttributeOfDevice(cudaDeviceAttr attribute) {
   int device = 0, value = 0;
@@ -142,14 +156,29 @@ inline int64_t SharedBytesOfBlock() {
 }
 inline int64_t Multiprocessors() { return AttributeOfDevice(cudaDevAttrMultiProcessorCount); }
 
-// Lets a kernel take more dynamic shared memory than the 48 KB that need no asking.
-template <typename Kernel>
-inline Error AllowSharedBytes(Kernel* kernel, int bytes) {
-  if (bytes <= 48 * 1024) return kSuccess;
-  const Error error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error != kSuccess) LastError();  // or the next launch would report it again
-  return error;
+// early: the kernel waits itself for the one before it, see WaitForBefore, where the GPU knows how.
+template <typename... Parameters, typename... Arguments>
+inline Error LaunchKernel(void (*kernel)(Parameters...), int64_t blocks, int threads, int bytes,
+                          Stream stream, bool early, const Arguments&... arguments) {
+  if (bytes > 48 * 1024) {  // more than needs no asking
+    const Error error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (error != kSuccess) {
+      LastError();  // or the next launch would report it again
+      return error;
+    }
+  }
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = static_cast<unsigned>(blocks);
+  config.blockDim = static_cast<unsigned>(threads);
+  config.dynamicSmemBytes = bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = early && AttributeOfDevice(cudaDevAttrComputeCapabilityMajor) >= 9;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
 #endif  // __CUDACC__
