@@ -1045,7 +1045,7 @@ Error LaunchShape(const Backward& p, const Plan& plan, const BackwardWorkspace& 
         return launch(Launch<float, 2, 8, 2, 320, 160, false, kElements, kLayout>);
       case 256:
         if constexpr (kElements == Elements::kFloat && kLayout == Layout::kTimeLast)
-          if (InQuads(p))
+          if (plan.in_quads)
             return launch(Launch<float, 4, 4, 2, 256, 128, false, kElements, kLayout, false, true>);
         return launch(Launch<float, 4, 4, 2, 256, 128, false, kElements, kLayout>);
       case 128:
@@ -1114,7 +1114,8 @@ Error LaunchSums(const Backward& p, const Plan& plan, const BackwardWorkspace& w
 
 Error LaunchBackward(const Backward& p, Stream stream) {
   const bool little_shared = SharedBytesOfBlock() < kSharedBytes;
-  const Plan plan = Plan::Backward(p, ElementsOf(p), little_shared);
+  Plan plan = Plan::Backward(p, ElementsOf(p), little_shared);
+  plan.in_quads = InQuads(p);
   const BackwardWorkspace workspace(p, plan);
   char* base = static_cast<char*>(p.workspace.data);
   if (plan.spans > 1) {

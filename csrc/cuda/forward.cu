@@ -19,7 +19,7 @@
 // Shared memory, twice, for the tile that is walked and for the one that is staged: delta and
 // delta * u (softplus and bias done), B and C, y, and, where stagers lack the registers, what makes
 // out of y. Twice or three times: what is on its way from global memory, 16 bytes at a time where
-// elements are regular.
+// elements are regular and sizes allow.
 //
 // Cost per (b, d, t, n): one exp2, two multiplies, two FMAs, and (with 4 states) 2.5 registers from
 // shared memory, 1.5 with two channels to a lane, at two such registers of a warp per cycle and
@@ -351,7 +351,8 @@ __global__ void __launch_bounds__(Shared::kMostThreads, Shared::kBlocks)
   auto meet_teams = [&](int tile, bool stages) {
     constexpr int kTogether = 8;
     if (kTeams && teams > 1 && tile && tile % kTogether == 0)
-      stages ? Meet(teams * kStagers, 0) : Meet(kWalkers, 1 + Shared::kMostTeams + team);
+      stages ? Meet(teams * kStagers, 0)
+             : Meet(kWalkers, 1 + Shared::kMostTeams + ThreadAnew() / kThreads);
   };
 
   if (thread < kStagers) {
@@ -400,7 +401,7 @@ __global__ void __launch_bounds__(Shared::kMostThreads, Shared::kBlocks)
         auto& to = slots_of(i, odd);
         if (turn.group == 0) {
           if constexpr (kRegular) {
-            quads.Send(to.sequences[0], rows.steps, sequences.Stride());
+            quads.Send(to.sequences[0], rows.steps, sequences.Stride(), plan.in_quads);
           } else {
             sequences.Prefetch(o.u, sent_sequences, rows, to.sequences[0]);
             sequences.Prefetch(o.delta, sent_sequences, rows, to.sequences[1]);
@@ -591,7 +592,8 @@ Error LaunchLayout(const Forward& p, const Plan& plan, const ForwardWorkspace& w
 }  // namespace
 
 Error LaunchForward(const Forward& p, Stream stream) {
-  const Plan plan = Plan::Forward(p, ElementsOf(p));
+  Plan plan = Plan::Forward(p, ElementsOf(p));
+  plan.in_quads = InQuads(p);
   const ForwardWorkspace workspace(p, plan);
   if (plan.spans > 1) {
     char* base = static_cast<char*>(p.workspace.data);

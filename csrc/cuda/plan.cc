@@ -18,10 +18,11 @@ constexpr double kPassTime = 0.39e-6, kPassLaunch = 5.0;
 constexpr int64_t kPassChannels = 32;
 constexpr int kShortestPiece = 8;
 
-// Blocks of that pass that find room on a multiprocessor.
+// Blocks of that pass that find room on a multiprocessor, by their registers.
 int64_t PassBlocks(const Problem& p, Elements elements) {
-  if (IsRegular(elements)) return p.has_segments ? 4 : 5;
-  return elements == Elements::kMixed ? 4 : elements == Elements::kOdd ? 3 : 2;
+  if (elements == Elements::kGeneral) return 2;
+  if (elements == Elements::kOdd) return 3;
+  return elements == Elements::kMixed || elements == Elements::kFloat || p.has_segments ? 4 : 5;
 }
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -233,7 +234,7 @@ bool Movable(const Problem& p, int count, std::initializer_list<Array> sequences
   return (p.channel_last ? p.group_dim() : p.length) % count == 0 && Aligned(sequences, count);
 }
 
-// The same for 16 bytes of sequences of one dtype.
+// The same for 16 bytes, if all are of the dtype of u.
 bool MovableInQuads(const Problem& p, std::initializer_list<Array> sequences) {
   return Movable(p, static_cast<int>(16 / ffi::ByteWidth(p.operands.u.dtype)), sequences);
 }
@@ -249,8 +250,7 @@ Elements ElementsOf(const Problem& p, std::initializer_list<Array> arrays) {
 
 Elements ElementsOf(const Forward& p) {
   const Operands& o = p.operands;
-  const Elements elements = ElementsOf(p, {o.u, o.delta, o.B, o.C, o.z, p.out});
-  return IsRegular(elements) && !InQuads(p) ? Elements::kMixed : elements;
+  return ElementsOf(p, {o.u, o.delta, o.B, o.C, o.z, p.out});
 }
 
 Elements ElementsOf(const Backward& p) {

@@ -29,8 +29,7 @@ constexpr int64_t kSharedBytes = 227 * 1024, kLittleSharedBytes = 163 * 1024;
 
 // What a kernel has to reckon with along the sequence. kGeneral: with everything. kOdd: B and C
 // vary and are real, and sizes are not huge. kMixed: what is more, neighbours in memory may be
-// moved two at a time. The others are regular: what is more, all is stored in that dtype, and the
-// forward kernel may load 16 bytes at a time.
+// moved two at a time. The others are regular: what is more, all is stored in that dtype.
 enum class Elements { kGeneral, kOdd, kMixed, kFloat, kBfloat, kHalf };
 constexpr bool IsRegular(Elements e) { return e > Elements::kMixed; }
 
@@ -55,6 +54,7 @@ struct Plan {
   int spans, span_tiles;
   int pieces, piece_tiles;  // of a span, in that pass
   int state_groups;         // groups of states taken in turn
+  bool in_quads;            // what InQuads says, once pointers are known
 
   // elements: what ElementsOf says.
   // little_shared: a block has less than kSharedBytes, for which some kernels want another's place.
@@ -88,7 +88,7 @@ struct BackwardWorkspace {
 Elements ElementsOf(const Forward& p);
 Elements ElementsOf(const Backward& p);
 
-// Whether sequences of one dtype may be loaded 16 bytes at a time.
+// Whether sequences may be loaded 16 bytes at a time, if they are of one dtype.
 bool InQuads(const Forward& p);
 bool InQuads(const Backward& p);
 

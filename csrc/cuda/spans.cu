@@ -151,8 +151,8 @@ __global__ void __launch_bounds__(kThreads)
         const Rows rows = rows_of(sent_tile);
         if (sent_group == 0) {
           if constexpr (Sequences::kRegular) {
-            quads.Send(to.sequences[0], rows.steps,
-                       sequences.Between(rows, rows_of(sent_tile + 1)));
+            quads.Send(to.sequences[0], rows.steps, sequences.Between(rows, rows_of(sent_tile + 1)),
+                       plan.in_quads);
           } else {
             const int64_t at = sequences.At(rows);
             sequences.Prefetch(o.delta, at, rows, to.sequences[0]);
@@ -370,9 +370,9 @@ Error Launch(const Pass& p, Plan plan, Number* ends, float* sum_delta, Stream st
   };
   auto choose = [&] {
     if constexpr (std::is_same_v<Number, float>) {
-      // Irregular kernels restart, and copy less at a time.
-      const bool mixed = IsRegular(plan.elements) && (p.has_segments || !InQuads(p));
-      switch (mixed ? Elements::kMixed : plan.elements) {
+      // Irregular kernels restart.
+      const bool restarts = IsRegular(plan.elements) && p.has_segments;
+      switch (restarts ? Elements::kMixed : plan.elements) {
         case Elements::kFloat:
           return launch_regular(std::integral_constant<Elements, Elements::kFloat>{});
         case Elements::kBfloat:

@@ -412,9 +412,9 @@ class Tile {
   bool pairs_are_steps_;
 };
 
-// Copies a tile of kArrays regular arrays that lie alike, 16 bytes at a time, to where `Take` of
-// `Tile` finds the pairs of each, one array after the other. Others may have copied what a thread
-// takes: between waiting and taking all have to meet.
+// Copies a tile of kArrays regular arrays that lie alike, 16 bytes at a time where they may be, to
+// where `Take` of `Tile` finds the pairs of each, one array after the other. Others may have copied
+// what a thread takes: between waiting and taking all have to meet.
 template <typename Tile, int kArrays>
 class QuadCopies {
   static constexpr int kOfQuad = 16 / Tile::kUnit;  // elements
@@ -422,18 +422,18 @@ class QuadCopies {
   static constexpr int kOfArray = kTile * Tile::kLineCount / kOfQuad;
   static constexpr int kAll = kArrays * kOfArray, kThreads = Tile::kThreadCount;
   static constexpr int kCount = (kAll + kThreads - 1) / kThreads;  // of a thread
+  static constexpr int kPair = sizeof(typename Tile::Slot), kPairs = 16 / kPair;
   static_assert(Tile::kRegular && Tile::kAcross == 1);
 
  public:
   // From the tile that begins at t0 on.
   template <typename... Arrays>
   __device__ QuadCopies(const Lines& lines, int64_t t0, int thread, const Arrays&... arrays)
-      : thread_(thread) {
+      : thread_(thread), lines_(lines.count) {
     static_assert(sizeof...(arrays) == kArrays);
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
-      const int i = k * kThreads + thread, quad = i % kOfArray;
-      const int near = quad % kNear * kOfQuad, far = quad / kNear;
+      const int i = k * kThreads + thread, near = NearOf(i), far = i % kOfArray / kNear;
       const int offset = Tile::kChannelLast ? far : near, line = Tile::kChannelLast ? near : far;
       const char* data = nullptr;
       int array = 0;
@@ -443,20 +443,35 @@ class QuadCopies {
       offset_[k] = data && line < lines.count ? offset : kTile;
     }
   }
-  // The next tile, of so many steps. The one after it is a stride further, as Tile says.
-  __device__ void Send(typename Tile::Slot* slots, int steps, int64_t stride) {
+  // The next tile, of so many steps. The one after it is a stride further, as Tile says. in_quads:
+  // whether 16 bytes may be copied at once, see InQuads; else it is a pair.
+  __device__ void Send(typename Tile::Slot* slots, int steps, int64_t stride, bool in_quads) {
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
       const int i = k * kThreads + thread_;
-      if (kAll % kThreads == 0 || k + 1 < kCount || i < kAll)
-        CopyAsync<16>(slots + i * (16 / static_cast<int>(sizeof(*slots))), from_[k],
-                      offset_[k] < steps ? 16 : 0);
+      if (kAll % kThreads == 0 || k + 1 < kCount || i < kAll) {
+        typename Tile::Slot* const to = slots + i * kPairs;
+        if (in_quads) {
+          CopyAsync<16>(to, from_[k], offset_[k] < steps ? 16 : 0);
+        } else {
+#pragma unroll
+          for (int pair = 0; pair < kPairs; ++pair) {
+            const int near = pair * (kOfQuad / kPairs);
+            const bool exists = Tile::kChannelLast ? offset_[k] < steps && NearOf(i) + near < lines_
+                                                   : offset_[k] + near < steps;
+            CopyAsync<kPair>(to + pair, from_[k] + pair * kPair, exists ? kPair : 0);
+          }
+        }
+      }
       from_[k] += stride;
     }
   }
 
  private:
-  int thread_;
+  // The first step or line of a quad, whichever axis is last in memory.
+  __device__ static int NearOf(int i) { return i % kOfArray % kNear * kOfQuad; }
+
+  int thread_, lines_;
   int offset_[kCount];  // of a quad in a tile, in steps; kTile where there is none
   const char* from_[kCount];
 };

@@ -74,6 +74,13 @@ __device__ inline void Meet(int threads, int place) {
   asm volatile("bar.sync %0, %1;" ::"r"(place), "r"(threads) : "memory");
 }
 
+// threadIdx.x, asked for anew, so that no register holds it until then.
+__device__ inline int ThreadAnew() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
 // The same for one warp, at a place of its own.
 __device__ inline void MeetWarp(int place) {
   asm volatile("bar.sync %0, %1;" ::"r"(place), "n"(kWarp) : "memory");
