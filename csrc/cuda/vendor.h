@@ -62,6 +62,13 @@ __device__ inline uint32_t ToHalves(float x, float y) {
   return __half_as_ushort(pair.x) | static_cast<uint32_t>(__half_as_ushort(pair.y)) << 16;
 }
 
+// threadIdx.x, asked for anew, so that no register holds it until then.
+__device__ inline int ThreadAnew() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
 // A barrier for kThreads of a block, who may stand in different places of the code. Those who meet
 // elsewhere before everyone has left it need another kPlace.
 template <int kThreads, int kPlace = 1>
@@ -72,13 +79,6 @@ __device__ inline void Meet() {
 // The same, where the code does not know how many meet, or where.
 __device__ inline void Meet(int threads, int place) {
   asm volatile("bar.sync %0, %1;" ::"r"(place), "r"(threads) : "memory");
-}
-
-// threadIdx.x, asked for anew, so that no register holds it until then.
-__device__ inline int ThreadAnew() {
-  int thread;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-  return thread;
 }
 
 // The same for one warp, at a place of its own.
@@ -167,14 +167,9 @@ inline int64_t Multiprocessors() { return AttributeOfDevice(cudaDevAttrMultiProc
 template <typename... Parameters, typename... Arguments>
 inline Error LaunchKernel(void (*kernel)(Parameters...), int64_t blocks, int threads, int bytes,
                           Stream stream, bool early, const Arguments&... arguments) {
-  if (bytes > 48 * 1024) {  // more than needs no asking
-    const Error error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (error != kSuccess) {
-      LastError();  // or the next launch would report it again
-      return error;
-    }
-  }
+  Error error = kSuccess;
+  if (bytes > 48 * 1024)  // more than needs no asking
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -185,7 +180,9 @@ inline Error LaunchKernel(void (*kernel)(Parameters...), int64_t blocks, int thr
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = early && AttributeOfDevice(cudaDevAttrComputeCapabilityMajor) >= 9;
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
+  if (error == kSuccess) error = cudaLaunchKernelEx(&config, kernel, arguments...);
+  if (error != kSuccess) LastError();  // or who asks next would be told of it again
+  return error;
 }
 
 #endif  // __CUDACC__
