@@ -118,7 +118,7 @@ void Run(const Shape& shape, const Dtypes& dtypes, bool channel_last, bool segme
   Problem p{};
   p.batch = shape.batch, p.dim = shape.dim, p.length = shape.length, p.dstate = shape.dstate;
   p.groups = p.instances = 1, p.chunk = gpu::kTile, p.state = DataType::F32;
-  p.delta_softplus = p.B_varies = p.C_varies = true, p.channel_last = channel_last;
+  p.delta_softplus = p.B_varies = p.C_varies = true, p.channel_last = channel_last || p.length == 1;
   const int64_t sequence = p.batch * p.dim * p.length, weight = p.dim * p.dstate;
   const int64_t varying = p.batch * p.length * p.dstate;
   Operands& o = p.operands;
@@ -182,7 +182,8 @@ int main(int count, char** words) {
   using namespace jax_sscan;
   std::vector<Shape> shapes = {{8, 1536, 2048, 16},  {4, 4096, 4096, 16}, {1, 5120, 2048, 16},
                                {1, 2048, 65536, 16}, {32, 768, 1024, 16}, {64, 384, 256, 16},
-                               {16, 1536, 512, 16},  {8, 1536, 2048, 64}, {64, 1536, 16, 16},
+                               {16, 1536, 512, 16},  {8, 1536, 2048, 64}, {64, 1536, 1, 16},
+                               {64, 1536, 16, 16},   {8, 1536, 64, 16},   {1, 1536, 2048, 16},
                                {1, 512, 1048576, 16}};
   auto number = [&](int i) { return static_cast<int64_t>(std::atoll(words[i])); };
   if (count > 4) shapes = {{number(1), number(2), number(3), number(4)}};

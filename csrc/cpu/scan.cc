@@ -20,8 +20,7 @@ int64_t EnoughForwardTasks(int64_t threads) {
 }
 
 void FoldRows(Problem& p, bool has_states, int64_t enough_tasks) {
-  const bool rows_are_steps = p.channel_last || p.length == 1;
-  if (has_states || !rows_are_steps || p.num_chunks() > 1 || 2 * p.length > kEnoughSteps) return;
+  if (has_states || !p.channel_last || p.num_chunks() > 1 || 2 * p.length > kEnoughSteps) return;
   // A divisor of the rows of an instance, so that all sequences are of one length.
   const int64_t rows = p.batch / p.instances;
   const int64_t slices = p.instances * Tasks(p, enough_tasks).slices;
@@ -30,7 +29,6 @@ void FoldRows(Problem& p, bool has_states, int64_t enough_tasks) {
   while (rows % sequences) ++sequences;
   p.restart_every = p.length;
   p.chunk = kEnoughSteps / p.length * p.length;
-  p.channel_last = true;
   p.length *= rows / sequences;
   p.batch = p.instances * sequences;
 }

@@ -148,6 +148,7 @@ Shapes ParseOperands(Reader& reader, const Attributes& attributes, Problem& p) {
   shapes.state = {p.batch, p.dim, p.dstate};
   shapes.segments = {p.batch, p.length};
   shapes.states = {p.batch, p.num_chunks() - 1, p.dstate, p.dim};
+  p.channel_last |= p.length == 1;
 
   Array* arrays[kOperands] = {
       &p.operands.u,          &p.operands.delta,      &p.operands.A,

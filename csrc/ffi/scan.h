@@ -35,7 +35,8 @@ struct Problem {
   // C have instances * dim rows, and so have their cotangents.
   int64_t instances;
   bool delta_softplus, reverse;
-  bool channel_last;        // layout "bld"; otherwise "bdl"
+  // Layout "bld", or a single step, which both layouts store alike; otherwise "bdl".
+  bool channel_last;
   bool B_varies, C_varies;  // along the sequence; otherwise (dim, dstate)
   bool has_segments;
   int64_t restart_every = 0;  // steps after which the state restarts by itself; 0: never
