@@ -18,7 +18,7 @@ import pytest
 from cases import BF16, CASES, EVERYTHING, F16, F32, MAMBA, Case, drawn_cases, make_inputs
 from checks import check, check_case, cotangents, keywords_of, options_of, run, x64
 from conftest import default_here
-from hypothesis import given, settings
+from hypothesis import given, seed, settings
 from oracle import selective_scan
 
 import jax_sscan
@@ -41,10 +41,17 @@ def test_drawn_case(case: Case, implementation: str | None) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=400)
-@given(case=drawn_cases(max_length=300))
-def test_drawn_case_slow(case: Case, implementation: str | None) -> None:
-    check_case(case, implementation, seed=23)
+@pytest.mark.parametrize("part", range(16))
+def test_drawn_case_slow(part: int, implementation: str | None) -> None:
+    """More of them, in parts that xdist runs side by side."""
+
+    @seed(part)
+    @settings(max_examples=25)
+    @given(case=drawn_cases(max_length=300))
+    def check(case: Case) -> None:
+        check_case(case, implementation, seed=23)
+
+    check()
 
 
 def scan(case: Case, inputs: dict[str, Any], implementation: str | None, **more: Any) -> tuple[Any, Any]:
