@@ -118,7 +118,7 @@ void Run(const Shape& shape, const Dtypes& dtypes, bool channel_last, bool segme
   Problem p{};
   p.batch = shape.batch, p.dim = shape.dim, p.length = shape.length, p.dstate = shape.dstate;
   p.groups = p.instances = 1, p.chunk = gpu::kTile, p.state = DataType::F32;
-  p.delta_softplus = p.B_varies = p.C_varies = true, p.channel_last = channel_last || p.length == 1;
+  p.delta_softplus = p.B_varies = p.C_varies = true, p.SetLayout(channel_last);
   const int64_t sequence = p.batch * p.dim * p.length, weight = p.dim * p.dstate;
   const int64_t varying = p.batch * p.length * p.dstate;
   Operands& o = p.operands;

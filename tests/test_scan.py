@@ -48,10 +48,10 @@ def test_drawn_case_slow(part: int, implementation: str | None) -> None:
     @seed(part)
     @settings(max_examples=25)
     @given(case=drawn_cases(max_length=300))
-    def check(case: Case) -> None:
+    def run_part(case: Case) -> None:
         check_case(case, implementation, seed=23)
 
-    check()
+    run_part()
 
 
 def scan(case: Case, inputs: dict[str, Any], implementation: str | None, **more: Any) -> tuple[Any, Any]:

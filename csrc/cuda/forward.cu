@@ -371,7 +371,7 @@ __global__ void __launch_bounds__(Shared::kMostThreads, Shared::kBlocks)
     auto next_turn = [&](Turn& turn, int i) -> Turn {
       if (kOneGroup) return {i, 0};
       const Turn now = turn;
-      if (++turn.group == groups) ++turn.tile, turn.group = 0;
+      Advance(turn.tile, turn.group, groups);
       return now;
     };
     // The last tile of the sequence may have fewer steps.

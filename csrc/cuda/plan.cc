@@ -33,7 +33,8 @@ struct Candidate {
   int walkers;
   int slots;  // blocks that fit a multiprocessor
   // Microseconds a tile takes (kTile steps of a block's channels, one group of states) where k
-  // blocks (or teams) share a multiprocessor: alone + (k - 1) * another. Measured on an H100.
+  // blocks (or teams) share a multiprocessor: alone + (k - 1) * another. Measured on H100s and
+  // H200s.
   double alone, another;
 };
 
@@ -66,16 +67,16 @@ Plan Cut(const Problem& p, Elements elements, std::initializer_list<Candidate> c
     plan.tiles = static_cast<int>(CeilDiv(p.length, kTile));
     plan.last_steps = static_cast<int>(p.length - (plan.tiles - 1) * int64_t{kTile});
     plan.state_groups = static_cast<int>(CeilDiv(p.dstate, c.shape.group()));
-    // What the pass before spans goes through: it takes 16 states at a time, there or not.
+    // What the pass before spans goes through.
     const double states = static_cast<double>(p.batch * p.dim * p.length) *
-                          static_cast<double>(CeilDiv(p.dstate, 16) * 16);
+                          static_cast<double>(CeilDiv(p.dstate, kPassStates) * kPassStates);
     const int64_t most = std::clamp<int64_t>(c.slots * kMultiprocessors / plan.blocks, 1,
                                              std::max(plan.tiles / kShortestSpan, 1));
     for (int64_t spans = 1; spans <= most; ++spans) {
       plan.span_tiles = static_cast<int>(CeilDiv(plan.tiles, spans));
       plan.spans = static_cast<int>(CeilDiv(plan.tiles, plan.span_tiles));
       double time = TileTime(c, plan.blocks * plan.spans) * plan.span_tiles * plan.state_groups;
-      const bool early = plan.span_tiles >= kLongSpan && p.dstate <= 16;
+      const bool early = plan.HasLongSpans(p);
       const int64_t blocks =
           p.batch * p.groups * CeilDiv(p.group_dim(), kPassChannels) * (plan.spans - 1);
       const int64_t pieces =

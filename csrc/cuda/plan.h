@@ -13,9 +13,8 @@ constexpr int kTile = 16;
 
 inline bool IsComplex(const Problem& p) { return ffi::ToReal(p.state) != p.state; }
 
-// Spans of so many tiles (8192 steps) are long: the pass before them asks whether their end still
-// knows of their beginning. In shorter ones it would mostly ask in vain.
-constexpr int kLongSpan = 512;
+// States that the pass before spans takes at a time, there or not.
+constexpr int kPassStates = 16;
 
 // More states do not fit in the forward kernel's shared memory, where they wait their turn (kept in
 // step with _MOST_STATES in jax_sscan/backends/native.py).
@@ -55,6 +54,14 @@ struct Plan {
   int pieces, piece_tiles;  // of a span, in that pass
   int state_groups;         // groups of states taken in turn
   bool in_quads;            // what InQuads says, once pointers are known
+
+  // Spans of so many tiles (8192 steps) are long: the pass before them asks whether their end still
+  // knows of their beginning. In shorter ones it would mostly ask in vain. It asks of all states at
+  // once, where they are few enough.
+  static constexpr int kLongSpan = 512;
+  bool HasLongSpans(const Problem& p) const {
+    return span_tiles >= kLongSpan && p.dstate <= kPassStates;
+  }
 
   // elements: what ElementsOf says.
   // little_shared: a block has less than kSharedBytes, for which some kernels want another's place.

@@ -24,16 +24,15 @@
 namespace jax_sscan::gpu {
 namespace {
 
+constexpr int kWalkers = 128, kStagers = 64, kThreads = kWalkers + kStagers;
 // Tiles after which a block asks itself whether it has forgotten what came before: all wait for the
 // answer.
 constexpr int kStretch = 8;
 
-constexpr int kWalkers = 128, kStagers = 64, kThreads = kWalkers + kStagers;
-
-// 16 states at a time, on as few lanes as registers allow.
+// On as few lanes as registers allow.
 template <typename Number>
 struct SpanShape {
-  static constexpr int kStates = 4 / NumberTraits<Number>::kParts, kLanes = 16 / kStates;
+  static constexpr int kStates = 4 / NumberTraits<Number>::kParts, kLanes = kPassStates / kStates;
   static constexpr int kChannels = kWalkers / kLanes, kGroup = kStates * kLanes;
 };
 
@@ -142,17 +141,14 @@ __global__ void __launch_bounds__(kThreads)
     }();
     // What is sent for and staged next: tiles, and groups of states of them.
     int sent_tile = 0, sent_group = 0, staged_tile = 0, staged_group = 0;
-    auto advance = [&](int& tile, int& group) {
-      if (++group == groups) group = 0, ++tile;
-    };
     auto send = [&](int slot) {
       if (sent_tile < turns) {
         typename Shared::Next& to = shared.next[slot];
         const Rows rows = rows_of(sent_tile);
         if (sent_group == 0) {
           if constexpr (Sequences::kRegular) {
-            quads.Send(to.sequences[0], rows.steps, sequences.Between(rows, rows_of(sent_tile + 1)),
-                       plan.in_quads);
+            quads.Send(to.sequences[0], rows.steps,
+                       sequences.At(rows_of(sent_tile + 1)) - sequences.At(rows), plan.in_quads);
           } else {
             const int64_t at = sequences.At(rows);
             sequences.Prefetch(o.delta, at, rows, to.sequences[0]);
@@ -162,7 +158,7 @@ __global__ void __launch_bounds__(kThreads)
         }
         const int line = sent_group * kGroup * kParts;
         projections.Prefetch(from_B, projections.At(rows, line), rows, to.B, line, varies);
-        advance(sent_tile, sent_group);
+        Advance(sent_tile, sent_group, groups);
       }
       SendCopies();
     };
@@ -211,7 +207,7 @@ __global__ void __launch_bounds__(kThreads)
         StageFixed<Number, kStagers, kChannels, kGroup, kRow>(p, block, from_B,
                                                               staged_group * kGroup, stager, to);
       }
-      advance(staged_tile, staged_group);
+      Advance(staged_tile, staged_group, groups);
     };
     // What others copied is there after waiting and meeting.
     send(0);
@@ -349,14 +345,13 @@ Error Launch(const Pass& p, Plan plan, Number* ends, float* sum_delta, Stream st
   auto launch = [&](auto elements, auto layout, auto forgets) {
     constexpr Elements kElements = decltype(elements)::value;
     constexpr Layout kLayout = decltype(layout)::value;
-    using Shared = SpanShared<Number, kElements, kLayout>;
-    int bytes = sizeof(Shared);
+    int bytes = sizeof(SpanShared<Number, kElements, kLayout>);
     if (plan.state_groups > 1) bytes += plan.state_groups * kStates * kWalkers * sizeof(Number);
     return LaunchKernel(SpanKernel<Pass, Number, kElements, kLayout, decltype(forgets)::value>,
                         plan.blocks * (plan.spans - 1) * plan.pieces, kThreads, bytes, stream,
                         false, p, plan, ends, sum_delta);
   };
-  const bool forgets = plan.span_tiles >= kLongSpan && p.delta_softplus && plan.state_groups == 1;
+  const bool forgets = plan.HasLongSpans(p) && p.delta_softplus;
   [[maybe_unused]] auto launch_layout = [&](auto elements, auto forgets) {
     return p.channel_last
                ? launch(elements, std::integral_constant<Layout, Layout::kChannelLast>{}, forgets)

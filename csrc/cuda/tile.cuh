@@ -76,6 +76,11 @@ __device__ inline uint32_t Restarts(const Problem& p, int64_t batch_row, const R
   return Ballot(restarts);
 }
 
+// Blocks take a tile and a group of its states at a time. To the next of them.
+__device__ inline void Advance(int& tile, int& group, int groups) {
+  if (++group == groups) group = 0, ++tile;
+}
+
 // How the time runs in memory: known to the code or not.
 enum class Layout { kAny, kChannelLast, kTimeLast };
 
@@ -255,9 +260,6 @@ class Tile {
     return start_ + rows.t0 * step_ + first_line * stride_;
   }
   __device__ int64_t Stride() const { return reversed_ ? -kTile * step_ : kTile * step_; }
-  __device__ int64_t Between(const Rows& rows, const Rows& later) const {
-    return (later.t0 - rows.t0) * step_;
-  }
 
   // Loads into slots of shared memory, (kCount, kThreads), of which a thread reads its own back by
   // Take, after WaitForCopies. It spares the registers, and the compiler's guesses of when what is

@@ -27,7 +27,7 @@ inline Problem MakeProblem(int64_t batch, int64_t dim, int64_t length, int64_t d
   p.groups = groups;
   p.chunk = chunk;
   p.instances = instances;
-  p.channel_last = channel_last || length == 1;
+  p.SetLayout(channel_last);
   p.B_varies = B_varies;
   p.C_varies = C_varies;
   p.has_segments = has_segments;

@@ -109,7 +109,6 @@ struct Shapes {
 Shapes ParseOperands(Reader& reader, const Attributes& attributes, Problem& p) {
   p.delta_softplus = attributes.delta_softplus;
   p.reverse = attributes.reverse;
-  p.channel_last = attributes.channel_last;
   p.chunk = attributes.chunk;
   p.groups = attributes.groups;
   p.instances = attributes.instances;
@@ -119,8 +118,9 @@ Shapes ParseOperands(Reader& reader, const Attributes& attributes, Problem& p) {
     return {};
   }
   p.batch = u[0];
-  p.dim = u[p.channel_last ? 2 : 1];
-  p.length = u[p.channel_last ? 1 : 2];
+  p.dim = u[attributes.channel_last ? 2 : 1];
+  p.length = u[attributes.channel_last ? 1 : 2];
+  p.SetLayout(attributes.channel_last);
   p.dstate = A[1];
   if (p.batch < 1 || p.dim < 1 || p.length < 1 || p.dstate < 1 || p.dim % p.groups ||
       p.batch % p.instances) {
@@ -140,15 +140,14 @@ Shapes ParseOperands(Reader& reader, const Attributes& attributes, Problem& p) {
   Shapes shapes;
   shapes.sequence = u;
   shapes.weight = {p.instances * p.dim, p.dstate};
-  Shape varying = p.channel_last ? Shape{p.batch, p.length, p.groups, p.dstate}
-                                 : Shape{p.batch, p.groups, p.dstate, p.length};
+  Shape varying = attributes.channel_last ? Shape{p.batch, p.length, p.groups, p.dstate}
+                                          : Shape{p.batch, p.groups, p.dstate, p.length};
   shapes.B = p.B_varies ? varying : shapes.weight;
   shapes.C = p.C_varies ? varying : shapes.weight;
   shapes.vector = {p.instances * p.dim};
   shapes.state = {p.batch, p.dim, p.dstate};
   shapes.segments = {p.batch, p.length};
   shapes.states = {p.batch, p.num_chunks() - 1, p.dstate, p.dim};
-  p.channel_last |= p.length == 1;
 
   Array* arrays[kOperands] = {
       &p.operands.u,          &p.operands.delta,      &p.operands.A,

@@ -45,6 +45,9 @@ struct Problem {
   Array workspace;  // a result: bytes, as many as the Python side asked for
   int64_t workspace_bytes;
 
+  // Once the length is known.
+  void SetLayout(bool bld) { channel_last = bld || length == 1; }
+
   int64_t num_chunks() const { return (length + chunk - 1) / chunk; }
   int64_t group_dim() const { return dim / groups; }
   int64_t instance(int64_t row) const { return row / (batch / instances); }
