@@ -155,6 +155,7 @@ def test_float64_runs_in_pure_jax(mode: str) -> None:
         (1, 1, 20000, True),
         (1, 640, 2500, False),  # several teams to a block, of which those of the last span have fewer tiles
         (1, 640, 2500, True),
+        (1, 1536, 500, False),  # of 48 channels, alone on a multiprocessor
     ],
 )
 @pytest.mark.parametrize("segments", [False, True])
@@ -187,14 +188,17 @@ def test_spans_agree_with_the_whole(batch: int, dim: int, length: int, reverse: 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("layout", ["bdl", "bld"])
+@pytest.mark.parametrize("segments", [False, True])
 @pytest.mark.parametrize(
     "batch, dim, length",
     [
         pytest.param(2, 60, 36, id="few channels"),
-        pytest.param(2, 2652, 36, id="blocks of 24 channels, two to a multiprocessor"),
-        pytest.param(16, 252, 36, id="of 32"),
+        pytest.param(16, 252, 36, id="blocks of 32 channels, alone on a multiprocessor"),
+        pytest.param(3, 1692, 36, id="of 40, alone"),
+        pytest.param(2, 2652, 36, id="of 48, alone"),
+        pytest.param(140, 20, 36, id="of 24, two to a multiprocessor"),
         pytest.param(42, 252, 36, id="of 32, three to a multiprocessor"),
-        pytest.param(3, 1692, 36, id="of 40"),
+        pytest.param(6, 1692, 36, id="of 40, two to a multiprocessor"),
         pytest.param(70, 188, 36, id="two channels a lane, backward by blocks of 64"),
         pytest.param(70, 190, 34, id="the same, moved by pairs"),
         pytest.param(8, 1532, 36, id="backward by blocks of 96"),
@@ -202,10 +206,10 @@ def test_spans_agree_with_the_whole(batch: int, dim: int, length: int, reverse: 
         pytest.param(16, 1022, 34, id="the same, moved by pairs"),
     ],
 )
-def test_every_shape_of_block(batch: int, dim: int, length: int, layout: str) -> None:
+def test_every_shape_of_block(batch: int, dim: int, length: int, segments: bool, layout: str) -> None:
     """Sizes for which the plan (csrc/cuda/plan.cc) takes each of its kernels of 16 states; none fills its blocks."""
     case = Case(
-        "blocks", batch=batch, dim=dim, length=length, dstate=16, layout=layout,
+        "blocks", batch=batch, dim=dim, length=length, dstate=16, layout=layout, segments=segments,
         initial_state=True, last_state=True, **MAMBA,
     )  # fmt: skip
     check_case(case, "cuda")

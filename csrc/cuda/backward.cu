@@ -353,9 +353,15 @@ __global__ void __launch_bounds__(
     if (!B_varies) stage(o.B, to.B);
     if (!C_varies) stage(o.C, to.C);
   };
-  auto stage_restarts = [&](const Rows& rows, Staged& to) {
-    if (!kRestarts || !p.has_segments || sequences.Index(0) >= kWarp) return;
-    const uint32_t restarts = Restarts(p, block.row, rows);
+  // Where the state starts anew in a tile: one warp loads segment ids, and finds it by them later.
+  [[maybe_unused]] SegmentIds segments;
+  const bool finds_restarts = kRestarts && p.has_segments && sequences.Index(0) < kWarp;
+  auto load_segments = [&](const Rows& rows) {
+    if (finds_restarts) segments = SegmentIds(p, block.row, rows);
+  };
+  auto stage_restarts = [&](Staged& to) {
+    if (!finds_restarts) return;
+    const uint32_t restarts = segments.Restarts();
     if (sequences.Index(0) == 0) to.restarts = restarts;
   };
   // The block's sums over channels, into its own part of the workspace.
@@ -474,6 +480,7 @@ __global__ void __launch_bounds__(
   if constexpr (kStagers > 0) {
     if (thread >= kWalkers) {
       int turn = 0;  // of the projections that are staged
+      load_segments(rows_of(last_tile - 1));
       auto stage = [&](int tile, int group, int parity) {
         Staged& to = shared.sequences[parity];
         const bool last_group = group + 1 == groups;
@@ -512,7 +519,10 @@ __global__ void __launch_bounds__(
                 keep(parity, k, stage_sequences(rows, k, raw[i], to));
               }
           }
-          if (group == 0) stage_restarts(rows, to);
+          if (group == 0) {
+            stage_restarts(to);
+            load_segments(rows_of(tile - 1));
+          }
         }
         if (!kVary) stage_fixed(group, shared.projections[turn]);
         turn ^= 1;
@@ -658,7 +668,8 @@ __global__ void __launch_bounds__(
     for (int k = 0; k < kProjectionPairs; ++k)
       stage_varying(k, take_projections(k), shared.projections[0]);
     stage_fixed(0, shared.projections[0]);
-    stage_restarts(rows_of(last_tile - 1), to);
+    load_segments(rows_of(last_tile - 1));
+    stage_restarts(to);
   }
 
   int parity = 0, turn = 0;  // of the sequences; of the projections and sums over channels
@@ -725,7 +736,8 @@ __global__ void __launch_bounds__(
         load_projections(next, 0);
         if (!kVary) {
           stage_fixed(0, staging_projections);
-          stage_restarts(next, staging);
+          load_segments(next);
+          stage_restarts(staging);
         }
         finish_projections(previous, 0, 0);
       }

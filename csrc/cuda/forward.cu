@@ -16,6 +16,12 @@
 // and then. Schedulers prefer the older of their warps: by itself one team would be done when the
 // last has hardly begun, and that would have too few warps to fill its time.
 //
+// Where there is but one team to a multiprocessor, each scheduler has one walker and little else,
+// and latencies are what it waits for. So a team that is alone has a warp that only sends for what
+// comes next, three tiles ahead, for stagers to have the time; and what channels it has beyond a
+// walker to a scheduler lie on more lanes, two states on each, with thin walkers: a fifth walker
+// would have the one beside it wait for exponentials.
+//
 // Shared memory, twice, for the tile that is walked and for the one that is staged: delta and
 // delta * u (softplus and bias done), B and C, y, and, where stagers lack the registers, what makes
 // out of y. Twice or three times: what is on its way from global memory, 16 bytes at a time where
@@ -33,20 +39,32 @@
 namespace jax_sscan::gpu {
 namespace {
 
-// kRestarts: the state may start anew along the sequence.
+// kRestarts: the state may start anew along the sequence. kAlone: the team has a multiprocessor to
+// itself. kThin: walkers of further channels, two states each.
 template <typename NumberOf, int kStates, int kLanes, int kPerLane, int kWalkers,
-          Elements kElements, Layout kLayout, bool kRestartsOf>
+          Elements kElements, Layout kLayout, bool kRestartsOf, bool kAloneOf, int kThinOf>
 struct ForwardShared {
   using Number = NumberOf;
   static constexpr bool kRestarts = kRestartsOf;
-  static constexpr int kStagers = kWalkers, kThreads = kWalkers + kStagers;
-  static constexpr int kChannels = kWalkers / kLanes * kPerLane, kGroup = kStates * kLanes;
+  static constexpr bool kAlone = kAloneOf;
+  static constexpr int kGroup = kStates * kLanes, kThin = kThinOf, kThinLanes = kGroup / 2;
+  // Those of thin walkers come after the others.
+  static constexpr int kPlainChannels = kWalkers / kLanes * kPerLane;
+  static constexpr int kChannels = kPlainChannels + kThin / kThinLanes;
+  static constexpr int kStagers = kWalkers / kPlainChannels * kChannels;
+  static constexpr int kSenders = kAlone ? kWarp : 0;
+  static constexpr int kThreads = kStagers + kWalkers + kThin + kSenders;
+  // Who of a team is what. Schedulers prefer the older of their warps. Those are the stagers, or,
+  // in a team that is alone, the thin walkers: whoever is done last holds up the rest.
+  static constexpr int kFirstWalker = kAlone ? kThin : kStagers;
+  static constexpr int kFirstSender = kFirstWalker + kWalkers;
+  static constexpr int kFirstStager = kAlone ? kFirstSender + kSenders : 0;
   static constexpr bool kVary = kElements != Elements::kGeneral;
   // 16 states or fewer are always one group.
   static constexpr bool kOneGroup = kVary && kGroup <= 16;
   // Of a multiprocessor: 768 threads leave each 80 registers, 512 leave 128.
   static constexpr int kThreadsAtOnce = kRestarts && kGroup > 16 ? 512 : 768;
-  static constexpr int kTeamsAtOnce = kThreadsAtOnce / kThreads;
+  static constexpr int kTeamsAtOnce = kAlone ? 1 : kThreadsAtOnce / kThreads;
   // Of a block; one where states that wait need the memory.
   static constexpr int kMostTeams = kOneGroup ? kTeamsAtOnce : 1;
   static constexpr int kMostThreads = kMostTeams * kThreads;
@@ -58,8 +76,10 @@ struct ForwardShared {
                               : kLayout == Layout::kTimeLast    ? 1
                                                                 : 2;
   using Sequences = Tile<kStagers, kChannels, kPad, kElements, kLayout, true>;
-  using Projections =
-      Tile<kStagers, kGroup * NumberTraits<Number>::kParts, 4, kElements, kLayout, true>;
+  template <int kMovers>
+  using ProjectionsOf =
+      Tile<kMovers, kGroup * NumberTraits<Number>::kParts, 4, kElements, kLayout, true>;
+  using Projections = ProjectionsOf<kStagers>;
   static constexpr int kStep = Sequences::kRow;
   static_assert(Sequences::template Skew<float>() == 0);
   // Numbers of a row of B or C; rows are steps, or channels for a fixed one.
@@ -81,10 +101,9 @@ struct ForwardShared {
   Staged sequences[2];
   StagedProjections projections[2];
   // What comes next, as it lies in memory. Sent for a tile ahead, or two: of float32, which takes
-  // longer to come, if there is room, and where a multiprocessor has one team, whose tiles take
-  // less time.
+  // longer to come, if there is room, and where tiles take less time; or three.
   static constexpr bool kTakesLong = kElements == Elements::kFloat || kWalkers == 160;
-  static constexpr int kAhead = kTakesLong && kChannels <= 40 && kOneGroup ? 2 : 1;
+  static constexpr int kAhead = kAlone ? 3 : kTakesLong && kChannels <= 40 && kOneGroup ? 2 : 1;
   struct Next {
     // u, delta and z
     alignas(16) typename Sequences::Slot sequences[3][Sequences::kCount * kStagers];
@@ -97,13 +116,14 @@ struct ForwardShared {
   Vectors<kChannels> vectors;
 };
 
-// What a team's walkers do.
+// What a team's walkers do, those who take its channels from first_channel on.
 template <typename Shared, int kStates, int kLanes, int kPerLane, int kWalkers, typename MeetTeam,
           typename MeetTeams>
 __device__ __forceinline__ void Walk(const Forward& p, const Plan& plan,
                                      const Pieces<typename Shared::Number>& pieces,
                                      const Block& block, Shared& shared, int thread,
-                                     const MeetTeam& meet_team, const MeetTeams& meet_teams) {
+                                     int first_channel, const MeetTeam& meet_team,
+                                     const MeetTeams& meet_teams) {
   using Number = typename Shared::Number;
   using Sequences = typename Shared::Sequences;
   using Projections = typename Shared::Projections;
@@ -116,7 +136,7 @@ __device__ __forceinline__ void Walk(const Forward& p, const Plan& plan,
   const int first_tile = static_cast<int>(block.span) * plan.span_tiles;
   const int last_tile = min(first_tile + plan.span_tiles, plan.tiles);
   const int walker = LanePlace(thread);
-  const int lane = walker % kLanes, channel = walker / kLanes * kPerLane;
+  const int lane = walker % kLanes, channel = first_channel + walker / kLanes * kPerLane;
   // Only where there are several groups of states: (groups, kPerLane, kStates, kWalkers).
   Number* waiting = reinterpret_cast<Number*>(&shared + 1) + walker;
   Number rate[kPerLane][kStates], h[kPerLane][kStates];
@@ -339,11 +359,12 @@ __global__ void __launch_bounds__(Shared::kMostThreads, Shared::kBlocks)
   const int first_tile = static_cast<int>(block.span) * plan.span_tiles;
   const int tiles = min(plan.span_tiles, plan.tiles - first_tile);
 
-  // Stagers come first. Warps are dealt to the four schedulers in turn; where there are five of a
-  // kind, the two walkers on one scheduler are to have it for themselves, for which the fourth warp
-  // takes the place of the sixth.
+  // Warps are dealt to the four schedulers in turn; where there are five of a kind, the two walkers
+  // on one scheduler are to have it for themselves, for which the fourth warp takes the place of
+  // the sixth.
   int thread = static_cast<int>(threadIdx.x) - team * kThreads;
   if (kWalkers == 5 * kWarp && (thread / kWarp == 3 || thread / kWarp == 5)) thread ^= 6 * kWarp;
+  const int stager = thread - Shared::kFirstStager;
   StageVectors<kThreads, kChannels>(p, block, thread, shared.vectors);
   // Before the tile-th of a span, also where others have more; not before the first, for later
   // spans take longer to begin. It is for stagers, but walkers meet as often: it is by counting
@@ -355,46 +376,45 @@ __global__ void __launch_bounds__(Shared::kMostThreads, Shared::kBlocks)
              : Meet(kWalkers, 1 + Shared::kMostTeams + ThreadAnew() / kThreads);
   };
 
-  if (thread < kStagers) {
-    const Lines lines = SequenceLines(p, block);
-    const Sequences sequences(lines, p.reverse, thread);
-    const Projections projections(ProjectionLines<kParts>(p, block), p.reverse, thread);
-    constexpr int kPairs = Sequences::kCount, kAhead = Shared::kAhead;
-    constexpr bool kRegular = Sequences::kRegular, kKeepsGates = Shared::kKeepsGates;
-    // A turn is for a tile and a group of states. Tiles count from the first of the span.
-    struct Turn {
-      int tile, group;
-    };
-    const int turns = tiles * groups;
-    // The one to be sent for next, to be staged, to be taken; all are gone through in order.
-    Turn to_send{}, to_stage{}, to_take{};
-    auto next_turn = [&](Turn& turn, int i) -> Turn {
-      if (kOneGroup) return {i, 0};
-      const Turn now = turn;
-      Advance(turn.tile, turn.group, groups);
-      return now;
-    };
-    // The last tile of the sequence may have fewer steps.
-    const int partial = (p.reverse ? 0 : plan.tiles - 1) - first_tile;
-    auto rows_of = [&](int tile) {
-      Rows rows(p, plan, first_tile + tile, p.reverse);
-      rows.steps = tile == partial ? plan.last_steps : kTile;
-      return rows;
-    };
+  // A turn is for a tile and a group of states. Tiles count from the first of the span.
+  struct Turn {
+    int tile, group;
+  };
+  const int turns = tiles * groups;
+  // All are gone through in order.
+  auto next_turn = [&](Turn& turn, int i) -> Turn {
+    if (kOneGroup) return {i, 0};
+    const Turn now = turn;
+    Advance(turn.tile, turn.group, groups);
+    return now;
+  };
+  // The last tile of the sequence may have fewer steps.
+  const int partial = (p.reverse ? 0 : plan.tiles - 1) - first_tile;
+  auto rows_of = [&](int tile) {
+    Rows rows(p, plan, first_tile + tile, p.reverse);
+    rows.steps = tile == partial ? plan.last_steps : kTile;
+    return rows;
+  };
+  // odd: whether i is. The code knows it where it calls this, and so which buffers are meant.
+  auto slots_of = [&](int i, int odd) -> typename Shared::Next& {
+    return shared.next[Shared::kSlots == 2 ? odd : static_cast<unsigned>(i) % Shared::kSlots];
+  };
+  constexpr int kAhead = Shared::kAhead;
+  constexpr bool kRegular = Sequences::kRegular;
+  // What sends for turn i: the work of a thread of those who move projections.
+  auto sends = [&](const Lines& lines, const Sequences& sequences, const auto& projections,
+                   int thread) {
+    using Projections = std::decay_t<decltype(projections)>;
     const Rows first_rows = rows_of(0);
-    int64_t sent_sequences = sequences.At(first_rows), finished = sent_sequences;
-    int64_t sent_projections = projections.At(first_rows);
-    [[maybe_unused]] auto quads = [&] {
+    auto quads = [&] {
       if constexpr (kRegular)
-        return QuadCopies<Sequences, 3>(lines, first_rows.t0, thread, o.u, o.delta, o.z);
+        return QuadCopies<Sequences, 3, Projections::kThreadCount>(lines, first_rows.t0, thread,
+                                                                   o.u, o.delta, o.z);
       else
         return 0;
     }();
-    // odd: whether i is. The code knows it where it calls this, and so which buffers are meant.
-    auto slots_of = [&](int i, int odd) -> typename Shared::Next& {
-      return shared.next[Shared::kSlots == 2 ? odd : i % Shared::kSlots];
-    };
-    auto send = [&](int i, int odd) {
+    return [&, quads, to_send = Turn{}, sent_sequences = sequences.At(first_rows),
+            sent_projections = projections.At(first_rows)](int i, int odd) mutable {
       if (i < turns) {
         const Turn turn = next_turn(to_send, i);
         const Rows rows = rows_of(turn.tile);
@@ -417,9 +437,62 @@ __global__ void __launch_bounds__(Shared::kMostThreads, Shared::kBlocks)
       }
       SendCopies();
     };
+  };
+  // Where the state starts anew in a tile: the work of one warp, which loads segment ids a tile
+  // ahead.
+  [[maybe_unused]] SegmentIds segments;
+  auto load_segments = [&](int tile) {
+    if (kRestarts && p.has_segments && tile < tiles)
+      segments = SegmentIds(p, block.row, rows_of(tile));
+  };
+  auto put_restarts = [&](int tile, int lane) {
+    if (!kRestarts || !p.has_segments) return;
+    const uint32_t restarts = segments.Restarts();
+    if (lane == 0) shared.sequences[tile & 1].restarts = restarts;
+    load_segments(tile + 1);
+  };
+  const int sender = thread - Shared::kFirstSender;
+  if (Shared::kAlone && 0 <= sender && sender < Shared::kSenders) {
+    const Lines lines = SequenceLines(p, block);
+    const Sequences sequences(lines, p.reverse, sender);
+    const typename Shared::template ProjectionsOf<kWarp> projections(
+        ProjectionLines<kParts>(p, block), p.reverse, sender);
+    auto send = sends(lines, sequences, projections, sender);
+    load_segments(0);
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) send(i, i);
     WaitForCopies<kAhead - 1>();
+    meet_team();
+    for (int i = 0; i < turns; ++i) {
+      put_restarts(i, sender);
+      send(i + kAhead, 0);
+      WaitForCopies<kAhead - 1>();
+      meet_team();
+    }
+    meet_team();
+    return;
+  }
+
+  if (0 <= stager && stager < kStagers) {
+    const Lines lines = SequenceLines(p, block);
+    const Sequences sequences(lines, p.reverse, stager);
+    const Projections projections(ProjectionLines<kParts>(p, block), p.reverse, stager);
+    constexpr int kPairs = Sequences::kCount;
+    constexpr bool kKeepsGates = Shared::kKeepsGates;
+    Turn to_stage{}, to_take{};
+    if (!Shared::kAlone && stager < kWarp) load_segments(0);
+    int64_t finished = sequences.At(rows_of(0));
+    // Unless there is a sender.
+    [[maybe_unused]] auto send_turn = sends(lines, sequences, projections, stager);
+    auto send = [&](int i, int odd) {
+      if constexpr (!Shared::kAlone) send_turn(i, odd);
+    };
+    auto wait_for_copies = [&] {
+      if constexpr (!Shared::kAlone) WaitForCopies<kAhead - 1>();
+    };
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) send(i, i);
+    wait_for_copies();
     meet_team();
 
     // D and delta_bias of the elements that this thread stages.
@@ -468,10 +541,7 @@ __global__ void __launch_bounds__(Shared::kMostThreads, Shared::kBlocks)
           else if (sequences.Mine(k))
             to.gates[sequences.Index(k)] = gate;
         }
-        if (kRestarts && p.has_segments && thread < kWarp && turn.tile < tiles) {
-          const uint32_t restarts = Restarts(p, block.row, rows);
-          if (thread == 0) to.restarts = restarts;
-        }
+        if (!Shared::kAlone && stager < kWarp && turn.tile < tiles) put_restarts(turn.tile, stager);
       }
       auto stage_projection = [&](const Array& array, bool varies,
                                   const typename Projections::Slot* slots, Number* to) {
@@ -483,7 +553,7 @@ __global__ void __launch_bounds__(Shared::kMostThreads, Shared::kBlocks)
           }
         } else {
           StageFixed<Number, kStagers, kChannels, kGroup, kRow>(p, block, array,
-                                                                turn.group * kGroup, thread, to);
+                                                                turn.group * kGroup, stager, to);
         }
       };
       typename Shared::StagedProjections& to = shared.projections[odd];
@@ -510,11 +580,11 @@ __global__ void __launch_bounds__(Shared::kMostThreads, Shared::kBlocks)
       const Turn turn = next_turn(to_take, i);
       if (turn.tile && turn.group == 0) finish(turn.tile - 1, kOneGroup ? 1 - odd : ~turn.tile & 1);
       stage(i + 1, 1 - odd);
-      WaitForCopies<kAhead - 1>();
+      wait_for_copies();
     };
     send(kAhead, kAhead % 2);
     stage(0, 0);
-    WaitForCopies<kAhead - 1>();
+    wait_for_copies();
     int i = 0;
 #pragma unroll 1
     for (; i < turns; i += 2) {
@@ -532,15 +602,23 @@ __global__ void __launch_bounds__(Shared::kMostThreads, Shared::kBlocks)
     return;
   }
 
-  Walk<Shared, kStates, kLanes, kPerLane, kWalkers>(p, plan, pieces, block, shared,
-                                                    thread - kStagers, meet_team, meet_teams);
+  if constexpr (Shared::kThin > 0) {
+    if (thread < Shared::kThin) {
+      Walk<Shared, 2, Shared::kThinLanes, 1, Shared::kThin>(
+          p, plan, pieces, block, shared, thread, Shared::kPlainChannels, meet_team, meet_teams);
+      return;
+    }
+  }
+  Walk<Shared, kStates, kLanes, kPerLane, kWalkers>(
+      p, plan, pieces, block, shared, thread - Shared::kFirstWalker, 0, meet_team, meet_teams);
 }
 
 template <typename Number, int kStates, int kLanes, int kPerLane, int kWalkers, Elements kElements,
-          Layout kLayout, bool kRestarts = !IsRegular(kElements)>
+          Layout kLayout, bool kRestarts = !IsRegular(kElements), bool kAlone = false,
+          int kThin = 0>
 Error Launch(const Forward& p, const Plan& plan, const ForwardWorkspace& workspace, Stream stream) {
-  using Shared =
-      ForwardShared<Number, kStates, kLanes, kPerLane, kWalkers, kElements, kLayout, kRestarts>;
+  using Shared = ForwardShared<Number, kStates, kLanes, kPerLane, kWalkers, kElements, kLayout,
+                               kRestarts, kAlone, kThin>;
   const auto kernel =
       ForwardKernel<Shared, kStates, kLanes, kPerLane, kWalkers, kElements, kLayout>;
   constexpr int kShared = sizeof(Shared);
@@ -559,10 +637,30 @@ Error Launch(const Forward& p, const Plan& plan, const ForwardWorkspace& workspa
                       plan.spans > 1, p, plan, PiecesIn<Number>(p, workspace));
 }
 
+// Teams that have a multiprocessor each to themselves.
+template <Elements kElements, Layout kLayout, bool kRestarts>
+Error LaunchAlone(const Forward& p, const Plan& plan, const ForwardWorkspace& workspace,
+                  Stream stream) {
+  const auto launch = [&](auto kernel) { return kernel(p, plan, workspace, stream); };
+  switch (plan.thin) {
+    case 64:
+      return launch(Launch<float, 4, 4, 1, 128, kElements, kLayout, kRestarts, true, 64>);
+    case 128:
+      return launch(Launch<float, 4, 4, 1, 128, kElements, kLayout, kRestarts, true, 128>);
+    default:
+      return launch(Launch<float, 4, 4, 1, 128, kElements, kLayout, kRestarts, true>);
+  }
+}
+
 template <Elements kElements, Layout kLayout>
 Error LaunchShape(const Forward& p, const Plan& plan, const ForwardWorkspace& workspace,
                   Stream stream) {
   const auto launch = [&](auto kernel) { return kernel(p, plan, workspace, stream); };
+  if constexpr (IsRegular(kElements)) {
+    if (plan.alone)
+      return launch(p.has_segments ? LaunchAlone<kElements, kLayout, true>
+                                   : LaunchAlone<kElements, kLayout, false>);
+  }
   if (!IsRegular(kElements) || p.has_segments) {
     if (plan.shape.lanes == 16)
       return launch(Launch<float, 4, 16, 2, 128, kElements, kLayout, true>);

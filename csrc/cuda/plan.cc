@@ -36,6 +36,8 @@ struct Candidate {
   // blocks (or teams) share a multiprocessor: alone + (k - 1) * another. Measured on H100s and
   // H200s.
   double alone, another;
+  bool only_alone = false;  // this and thin: see Plan
+  int thin = 0;
 };
 
 // The pass before long spans, and tiles after which it stops where a step is 0.03 on average and no
@@ -61,7 +63,10 @@ Plan Cut(const Problem& p, Elements elements, std::initializer_list<Candidate> c
     plan.elements = elements;
     plan.shape = c.shape;
     plan.walkers = c.walkers;
-    plan.block_channels = c.walkers / c.shape.lanes * c.shape.channels;
+    plan.alone = c.only_alone;
+    plan.thin = c.thin;
+    plan.block_channels =
+        c.walkers / c.shape.lanes * c.shape.channels + c.thin / (2 * c.shape.lanes);
     plan.blocks_per_group = static_cast<int>(CeilDiv(p.group_dim(), plan.block_channels));
     plan.blocks = p.batch * p.groups * plan.blocks_per_group;
     plan.tiles = static_cast<int>(CeilDiv(p.length, kTile));
@@ -128,14 +133,22 @@ Plan Plan::Forward(const Problem& p, Elements elements) {
   };
   if (elements == Elements::kGeneral) return cut({{{2, 8, 1}, 128, 3, 1.6, 0.75}});
   const bool regular = IsRegular(elements);
-  if (!regular || p.has_segments)
-    return p.dstate > 16 ? cut({{{4, 16, 2}, 128, 2, 1.6, 0.8}})
-                         : cut({{{4, 4, 1}, 128, 3, regular ? 0.75 : 0.9, regular ? 0.45 : 0.6}});
+  if (!regular || p.has_segments) {
+    if (p.dstate > 16) return cut({{{4, 16, 2}, 128, 2, 1.6, 0.8}});
+    if (!regular) return cut({{{4, 4, 1}, 128, 3, 0.9, 0.6}});
+    return cut({{{4, 4, 1}, 128, 3, 0.75, 0.36},
+                {{4, 4, 1}, 128, 1, 0.66, 0.0, true},
+                {{4, 4, 1}, 128, 1, 0.80, 0.0, true, 64},
+                {{4, 4, 1}, 128, 1, 0.88, 0.0, true, 128}});
+  }
   if (p.dstate > 16) return cut({{{4, 16, 2}, 128, 3, 1.1, 0.65}});
   if (p.dstate <= 4) return cut({{{2, 2, 1}, 128, 3, 0.94, 0.28}});
   return cut({{{4, 4, 1}, 96, 4, 0.63, 0.286},
               {{4, 4, 1}, 128, 3, 0.63, 0.355},
               {{4, 4, 1}, 160, 2, 0.76, 0.51},
+              {{4, 4, 1}, 128, 1, 0.56, 0.0, true},
+              {{4, 4, 1}, 128, 1, 0.70, 0.0, true, 64},
+              {{4, 4, 1}, 128, 1, 0.81, 0.0, true, 128},
               {{4, 4, 2}, 128, 3, 1.20, 0.615}});
 }
 

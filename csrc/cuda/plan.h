@@ -43,6 +43,8 @@ struct Plan {
   Elements elements;
   Shape shape;
   int walkers;           // threads of a block that compute states
+  int thin;              // and those of further channels, on twice as many lanes
+  bool alone;            // the kernel for blocks that have a multiprocessor each to themselves
   int block_channels;    // channels of a block, all of one group and batch row
   int blocks_per_group;  // blocks side by side over the channels of a group
   int64_t blocks;        // over batch, groups and channels
@@ -57,10 +59,11 @@ struct Plan {
 
   // Spans of so many tiles (8192 steps) are long: the pass before them asks whether their end still
   // knows of their beginning. In shorter ones it would mostly ask in vain. It asks of all states at
-  // once, where they are few enough.
+  // once, where they are few enough, and of regular elements without segments.
   static constexpr int kLongSpan = 512;
   bool HasLongSpans(const Problem& p) const {
-    return span_tiles >= kLongSpan && p.dstate <= kPassStates;
+    return IsRegular(elements) && !p.has_segments && span_tiles >= kLongSpan &&
+           p.dstate <= kPassStates;
   }
 
   // elements: what ElementsOf says.

@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(kThreads)
           sequences.Put(shared.steps[to], k, {value.x, in.x}, {value.y, in.y});
         }
         if (kRestarts && p.has_segments && stager < kWarp) {
-          const uint32_t restarts = Restarts(p, block.row, rows);
+          const uint32_t restarts = SegmentIds(p, block.row, rows).Restarts();
           if (stager == 0) shared.restarts[to] = restarts;
         }
       }

@@ -60,21 +60,22 @@ struct Rows {
   __device__ int Row(int offset) const { return reversed ? kTile - 1 - offset : offset; }
 };
 
-// Bit i: the state starts anew at row i. To be called by one warp.
-__device__ inline uint32_t Restarts(const Problem& p, int64_t batch_row, const Rows& rows) {
-  const int lane = threadIdx.x % kWarp;
-  bool restarts = false;
-  if (lane < kTile) {
-    const int offset = rows.Row(lane);
+// A tile's segment ids, and those of the steps before, as a warp's first lanes load them.
+struct SegmentIds {
+  int32_t here = 0, before = 0;
+
+  SegmentIds() = default;
+  __device__ SegmentIds(const Problem& p, int64_t batch_row, const Rows& rows) {
+    const int lane = threadIdx.x % kWarp, offset = rows.Row(lane);
     const int64_t t = rows.t0 + offset, previous = p.reverse ? t + 1 : t - 1;
-    if (offset < rows.steps && previous >= 0 && previous < p.length) {
-      const int32_t* ids =
-          static_cast<const int32_t*>(p.operands.segment_ids.data) + batch_row * p.length;
-      restarts = ids[t] != ids[previous];
-    }
+    if (lane >= kTile || offset >= rows.steps || previous < 0 || previous >= p.length) return;
+    const int32_t* ids =
+        static_cast<const int32_t*>(p.operands.segment_ids.data) + batch_row * p.length;
+    here = ids[t], before = ids[previous];
   }
-  return Ballot(restarts);
-}
+  // Bit i: the state starts anew at row i. To be called by the whole warp.
+  __device__ uint32_t Restarts() const { return Ballot(here != before); }
+};
 
 // Blocks take a tile and a group of its states at a time. To the next of them.
 __device__ inline void Advance(int& tile, int& group, int groups) {
@@ -416,13 +417,13 @@ class Tile {
 
 // Copies a tile of kArrays regular arrays that lie alike, 16 bytes at a time where they may be, to
 // where `Take` of `Tile` finds the pairs of each, one array after the other. Others may have copied
-// what a thread takes: between waiting and taking all have to meet.
-template <typename Tile, int kArrays>
+// what a thread takes: between waiting and taking all have to meet. kThreads: those who copy.
+template <typename Tile, int kArrays, int kThreads = Tile::kThreadCount>
 class QuadCopies {
   static constexpr int kOfQuad = 16 / Tile::kUnit;  // elements
   static constexpr int kNear = (Tile::kChannelLast ? Tile::kLineCount : kTile) / kOfQuad;
   static constexpr int kOfArray = kTile * Tile::kLineCount / kOfQuad;
-  static constexpr int kAll = kArrays * kOfArray, kThreads = Tile::kThreadCount;
+  static constexpr int kAll = kArrays * kOfArray;
   static constexpr int kCount = (kAll + kThreads - 1) / kThreads;  // of a thread
   static constexpr int kPair = sizeof(typename Tile::Slot), kPairs = 16 / kPair;
   static_assert(Tile::kRegular && Tile::kAcross == 1);

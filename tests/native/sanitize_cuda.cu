@@ -177,6 +177,9 @@ int main() {
   Run({64, 256, 16, 16, 1, kBf16, kBf16, kF32, true, false, true, true, false, true}), ++count;
   Run({140, 24, 40, 16, 1, kBf16, kBf16, kF32, true, true, true, true, false, true}), ++count;
   Run({2, 480, 1100, 16, 1, kF32, kF32, kF32, false, false, true, true, false, true}), ++count;
+  // Teams that have a multiprocessor each to themselves, of 40 channels and of 48.
+  Run({3, 1692, 36, 16, 1, kBf16, kBf16, kF32, true, false, true, true, false, true}), ++count;
+  Run({2, 2652, 36, 16, 1, kF32, kF32, kF32, false, true, true, true, true, true}), ++count;
   // Spans, the pass before which loads 16 bytes at a time.
   Run({1, 72, 800, 16, 1, kBf16, kBf16, kF32, true, true, true, true, false, true}), ++count;
   std::printf("%d problems\n", count);
