@@ -155,7 +155,8 @@ def test_float64_runs_in_pure_jax(mode: str) -> None:
         (1, 1, 20000, True),
         (1, 640, 2500, False),  # several teams to a block, of which those of the last span have fewer tiles
         (1, 640, 2500, True),
-        (1, 1536, 500, False),  # of 48 channels, alone on a multiprocessor
+        (1, 2100, 650, True),  # teams alone on a multiprocessor
+        (2, 520, 500, False),  # the same with segments, of 40 channels
     ],
 )
 @pytest.mark.parametrize("segments", [False, True])
@@ -193,12 +194,14 @@ def test_spans_agree_with_the_whole(batch: int, dim: int, length: int, reverse: 
     "batch, dim, length",
     [
         pytest.param(2, 60, 36, id="few channels"),
-        pytest.param(16, 252, 36, id="blocks of 32 channels, alone on a multiprocessor"),
-        pytest.param(3, 1692, 36, id="of 40, alone"),
-        pytest.param(2, 2652, 36, id="of 48, alone"),
-        pytest.param(140, 20, 36, id="of 24, two to a multiprocessor"),
+        pytest.param(2, 2652, 36, id="blocks of 24 channels, two to a multiprocessor"),
+        pytest.param(16, 252, 36, id="of 32"),
         pytest.param(42, 252, 36, id="of 32, three to a multiprocessor"),
+        pytest.param(3, 1692, 36, id="of 40"),
         pytest.param(6, 1692, 36, id="of 40, two to a multiprocessor"),
+        pytest.param(16, 252, 324, id="of 32 for long, alone on a multiprocessor"),
+        pytest.param(3, 1692, 340, id="of 40 for long, alone"),
+        pytest.param(2, 2652, 340, id="of 48 for long, alone"),
         pytest.param(70, 188, 36, id="two channels a lane, backward by blocks of 64"),
         pytest.param(70, 190, 34, id="the same, moved by pairs"),
         pytest.param(8, 1532, 36, id="backward by blocks of 96"),

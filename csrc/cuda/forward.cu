@@ -191,6 +191,12 @@ __device__ __forceinline__ void Walk(const Forward& p, const Plan& plan,
       channel, lane * kStates);
   // Two channels of a lane are stored at once where they may be.
   const bool pairs = p.dim % 2 == 0 && block.first_channel % 2 == 0 && block.channels % 2 == 0;
+  [[maybe_unused]] auto store_both = [](float* to, float x, float y) {
+    if (Shared::kOneGroup)  // which the compiler has not parted yet, and has registers for
+      *reinterpret_cast<float2*>(to) = {x, y};
+    else
+      StoreTogether(to, x, y);
+  };
   auto save = [&](int group) {
     Number* to = static_cast<Number*>(p.states.data) + saved + group * kGroup * p.dim;
     if constexpr (kPerLane == 2) {
@@ -198,7 +204,7 @@ __device__ __forceinline__ void Walk(const Forward& p, const Plan& plan,
 #pragma unroll
         for (int i = 0; i < kStates; ++i)
           if (exists(0, group * kGroup + lane * kStates + i))
-            *reinterpret_cast<float2*>(to + i * p.dim) = {h[0][i], h[1][i]};
+            store_both(to + i * p.dim, h[0][i], h[1][i]);
         return;
       }
     }

@@ -17,6 +17,8 @@ constexpr int kShortestSpan = 8;
 constexpr double kPassTime = 0.39e-6, kPassLaunch = 5.0;
 constexpr int64_t kPassChannels = 32;
 constexpr int kShortestPiece = 8;
+// Microseconds by which a block that is alone begins later: one warp sends for its first tiles.
+constexpr double kAloneStart = 1.2;
 
 // Blocks of that pass that find room on a multiprocessor, by their registers.
 int64_t PassBlocks(const Problem& p, Elements elements) {
@@ -80,7 +82,8 @@ Plan Cut(const Problem& p, Elements elements, std::initializer_list<Candidate> c
     for (int64_t spans = 1; spans <= most; ++spans) {
       plan.span_tiles = static_cast<int>(CeilDiv(plan.tiles, spans));
       plan.spans = static_cast<int>(CeilDiv(plan.tiles, plan.span_tiles));
-      double time = TileTime(c, plan.blocks * plan.spans) * plan.span_tiles * plan.state_groups;
+      double time = TileTime(c, plan.blocks * plan.spans) * plan.span_tiles * plan.state_groups +
+                    (c.only_alone ? kAloneStart : 0.0);
       const bool early = plan.HasLongSpans(p);
       const int64_t blocks =
           p.batch * p.groups * CeilDiv(p.group_dim(), kPassChannels) * (plan.spans - 1);

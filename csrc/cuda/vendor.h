@@ -25,6 +25,11 @@ inline const char* Describe(Error error) { return cudaGetErrorString(error); }
 
 #ifdef __CUDACC__  // not for the handlers, which the host's compiler builds
 
+// Two neighbours in memory by one instruction, where the compiler might make two of it.
+__device__ inline void StoreTogether(float* to, float x, float y) {
+  asm volatile("st.global.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(x), "f"(y) : "memory");
+}
+
 // 2^x, within 2 ulp; results below the smallest normal number are 0.
 __device__ inline float Exp2(float x) {
   float y;
