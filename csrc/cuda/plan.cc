@@ -29,6 +29,12 @@ int64_t PassBlocks(const Problem& p, Elements elements) {
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Whether sizes let neighbours along the sequence, or channels side by side, be moved so many at a
+// time.
+bool MovableBySize(const Problem& p, int count) {
+  return (p.channel_last ? p.group_dim() : p.length) % count == 0;
+}
+
 // A kernel that could run, and how long it takes.
 struct Candidate {
   Shape shape;
@@ -61,6 +67,8 @@ Plan Cut(const Problem& p, Elements elements, std::initializer_list<Candidate> c
   Plan best{};
   double best_time = 0.0;
   for (const Candidate& c : candidates) {
+    // One warp sends for all of a block that is alone: it has no time for less than 16 bytes each.
+    if (c.only_alone && !MovableBySize(p, elements == Elements::kFloat ? 4 : 8)) continue;
     Plan plan{};
     plan.elements = elements;
     plan.shape = c.shape;
@@ -246,9 +254,8 @@ bool Aligned(std::initializer_list<Array> arrays, int count) {
   return true;
 }
 
-// Whether neighbours along the sequence, or channels side by side, may be moved so many at a time.
 bool Movable(const Problem& p, int count, std::initializer_list<Array> sequences) {
-  return (p.channel_last ? p.group_dim() : p.length) % count == 0 && Aligned(sequences, count);
+  return MovableBySize(p, count) && Aligned(sequences, count);
 }
 
 // The same for 16 bytes, if all are of the dtype of u.
