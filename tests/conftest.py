@@ -9,7 +9,10 @@ quiet skip.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import hypothesis
 import jax
@@ -130,3 +133,21 @@ def virtual_devices() -> Iterator[None]:
     """CPUs as the default where a GPU would be."""
     with jax.default_device(jax.devices("cpu")[0]):
         yield
+
+
+@pytest.fixture(scope="session")
+def compile_native(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Compiles programs of tests/native with the sources beside them, paths from the top of the project."""
+    compiler = next(filter(None, map(shutil.which, [os.environ.get("CXX", ""), "c++", "g++", "clang++"])), None)
+    top = Path(__file__).parent.parent
+
+    def compile_sources(*sources: str, flags: Sequence[str] = ()) -> Path:
+        if compiler is None:
+            pytest.skip("needs a C++ compiler")
+        program = tmp_path_factory.mktemp("native") / "program"
+        includes = f"-I{top / 'csrc'}", f"-I{jax.ffi.include_dir()}"
+        command = [compiler, "-std=c++17", "-O2", *includes, *flags, *(top / x for x in sources), "-o", program]
+        subprocess.run(command, check=True)
+        return program
+
+    return compile_sources

@@ -4,9 +4,9 @@ and its threads. What it computes is tested with all other implementations, in t
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,6 @@ import pytest
 import jax_sscan
 
 HERE = Path(__file__).parent
-CSRC = HERE.parent / "csrc"
 
 pytestmark = pytest.mark.skipif(
     not jax_sscan.implementations()["cpu"].available,
@@ -61,14 +60,11 @@ BOUNDS = {"Exp2": 1.5, "Exp": 2, "Softplus": 4, "SoftplusFar": 0, "Sigmoid": 3, 
 
 
 @pytest.mark.parametrize("target", ["baseline", "avx2", "avx512"])
-def test_vector_functions(target: str, tmp_path: Path) -> None:
+def test_vector_functions(target: str, compile_native: Callable[..., Path]) -> None:
     """exp within 2 ulp and the others within their bounds, over their whole domains."""
-    compiler = next(filter(None, map(shutil.which, [os.environ.get("CXX", ""), "c++", "g++", "clang++"])), None)
-    if compiler is None or target not in targets():
-        pytest.skip("needs a C++ compiler" if compiler is None else f"this machine has no {target}")
-    program = tmp_path / "vector_test"
-    flags = ["-std=c++17", "-O2", "-Wno-psabi", f"-I{CSRC}", *targets()[target]]
-    subprocess.run([compiler, *flags, HERE / "native/vector_test.cc", "-o", program], check=True)
+    if target not in targets():
+        pytest.skip(f"this machine has no {target}")
+    program = compile_native("tests/native/vector_test.cc", flags=["-Wno-psabi", *targets()[target]])
     printed = subprocess.run([program], check=True, capture_output=True, text=True).stdout
     errors = {name: float(ulps) for name, ulps in (line.split() for line in printed.splitlines())}
     assert set(errors) == {f"{name}<{dtype}>" for name in BOUNDS for dtype in ("float", "double")}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -187,30 +189,59 @@ def test_spans_agree_with_the_whole(batch: int, dim: int, length: int, reverse: 
     assert max(errors.values()) <= 1e-5, errors
 
 
+# Sizes for which the plan (csrc/cuda/plan.cc) takes each of its kernels of 16 states, forward and backward: threads
+# that walk, those that are thin, and channels of a lane. None fills its blocks.
+BLOCKS = [
+    pytest.param(2, 60, 36, False, "96x1", "320x2", id="few channels"),
+    pytest.param(2, 2652, 36, False, "96x1", "320x2", id="blocks of 24 channels, two to a multiprocessor"),
+    pytest.param(16, 252, 36, False, "128x1", "320x2", id="of 32"),
+    pytest.param(42, 252, 36, False, "128x1", "384x2", id="of 32, three to a multiprocessor"),
+    pytest.param(3, 1692, 36, False, "160x1", "320x2", id="of 40"),
+    pytest.param(6, 1692, 36, False, "160x1", "320x2", id="of 40, two to a multiprocessor"),
+    pytest.param(16, 252, 324, False, "128x1 alone", "320x2 in spans", id="of 32, alone on one"),
+    pytest.param(3, 1692, 340, False, "128+64x1 alone", "320x2 in spans", id="of 40, alone"),
+    pytest.param(2, 2652, 340, False, "128+128x1 alone", "384x2 in spans", id="of 48, alone"),
+    pytest.param(16, 252, 324, True, "128x1 alone", "384x2 in spans", id="of 32, alone, segments"),
+    pytest.param(3, 1692, 340, True, "128+64x1 alone", "384x2 in spans", id="of 40, alone, segments"),
+    pytest.param(2, 2652, 340, True, "128+128x1 alone", "384x2 in spans", id="of 48, alone, segments"),
+    pytest.param(70, 188, 36, False, "128x2", "320x2", id="two channels a lane, backward by blocks of 80"),
+    pytest.param(70, 190, 34, False, "128x2", "320x2", id="the same, moved by pairs"),
+    pytest.param(8, 1532, 36, False, "128x1", "384x2", id="backward by blocks of 96"),
+    pytest.param(16, 1020, 36, False, "128x2", "256x2", id="backward by blocks of 128"),
+    pytest.param(16, 1022, 34, False, "128x2", "256x2", id="the same, moved by pairs, of 128"),
+]
+
+
+@pytest.fixture(scope="module")
+def plan_program(compile_native: Callable[..., Path]) -> Path:
+    """tests/native/plan_test.cc, which says how problems are cut up."""
+    return compile_native("tests/native/plan_test.cc", "csrc/cuda/plan.cc")
+
+
+def test_plans_of_drawn_problems(plan_program: Path) -> None:
+    """Blocks, spans and pieces cover all, and workspace suffices whatever dtypes and pointers turn out to be."""
+    checked = subprocess.run([plan_program], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout
+    assert int(checked.stdout) > 1000
+
+
+@pytest.mark.parametrize("layout", ["bdl", "bld"])
+@pytest.mark.parametrize("batch, dim, length, segments, forward, backward", BLOCKS)
+def test_the_plan_takes_every_kernel(
+    plan_program: Path, batch: int, dim: int, length: int, segments: bool, forward: str, backward: str, layout: str
+) -> None:
+    """Or the test after this one would not run it."""
+    arguments = [str(x) for x in (plan_program, batch, dim, length, layout, int(segments))]
+    assert subprocess.check_output(arguments, text=True).splitlines() == [forward, backward]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("layout", ["bdl", "bld"])
-@pytest.mark.parametrize("segments", [False, True])
-@pytest.mark.parametrize(
-    "batch, dim, length",
-    [
-        pytest.param(2, 60, 36, id="few channels"),
-        pytest.param(2, 2652, 36, id="blocks of 24 channels, two to a multiprocessor"),
-        pytest.param(16, 252, 36, id="of 32"),
-        pytest.param(42, 252, 36, id="of 32, three to a multiprocessor"),
-        pytest.param(3, 1692, 36, id="of 40"),
-        pytest.param(6, 1692, 36, id="of 40, two to a multiprocessor"),
-        pytest.param(16, 252, 324, id="of 32 for long, alone on a multiprocessor"),
-        pytest.param(3, 1692, 340, id="of 40 for long, alone"),
-        pytest.param(2, 2652, 340, id="of 48 for long, alone"),
-        pytest.param(70, 188, 36, id="two channels a lane, backward by blocks of 64"),
-        pytest.param(70, 190, 34, id="the same, moved by pairs"),
-        pytest.param(8, 1532, 36, id="backward by blocks of 96"),
-        pytest.param(16, 1020, 36, id="backward by blocks of 128"),
-        pytest.param(16, 1022, 34, id="the same, moved by pairs"),
-    ],
-)
-def test_every_shape_of_block(batch: int, dim: int, length: int, segments: bool, layout: str) -> None:
-    """Sizes for which the plan (csrc/cuda/plan.cc) takes each of its kernels of 16 states; none fills its blocks."""
+@pytest.mark.parametrize("batch, dim, length, segments, forward, backward", BLOCKS)
+def test_every_shape_of_block(
+    batch: int, dim: int, length: int, segments: bool, forward: str, backward: str, layout: str
+) -> None:
+    del forward, backward
     case = Case(
         "blocks", batch=batch, dim=dim, length=length, dstate=16, layout=layout, segments=segments,
         initial_state=True, last_state=True, **MAMBA,
