@@ -115,10 +115,9 @@ constexpr Dtypes kDtypes[] = {{"bf16", DataType::BF16, DataType::BF16},
 void Run(const Shape& shape, const Dtypes& dtypes, bool channel_last, bool segments) {
   const DataType dtype = dtypes.sequence, projection = dtypes.projection;
   Arrays arrays;
-  Problem p{};
-  p.batch = shape.batch, p.dim = shape.dim, p.length = shape.length, p.dstate = shape.dstate;
-  p.groups = p.instances = 1, p.chunk = gpu::kTile, p.state = DataType::F32;
-  p.delta_softplus = p.B_varies = p.C_varies = true, p.SetLayout(channel_last);
+  Problem p = MakeProblem(shape.batch, shape.dim, shape.length, shape.dstate, 1, gpu::kTile, 1,
+                          channel_last, true, true, segments, DataType::F32);
+  p.delta_softplus = true;
   const int64_t sequence = p.batch * p.dim * p.length, weight = p.dim * p.dstate;
   const int64_t varying = p.batch * p.length * p.dstate;
   Operands& o = p.operands;
@@ -128,7 +127,6 @@ void Run(const Shape& shape, const Dtypes& dtypes, bool channel_last, bool segme
   o.D = arrays.Make(p.dim, DataType::F32), o.z = arrays.Make(sequence, dtype);
   o.delta_bias = arrays.Make(p.dim, DataType::F32, 0.0f, 0.1f);
   if (segments) {
-    p.has_segments = true;
     std::vector<int32_t> ids(p.batch * p.length);
     for (size_t i = 0; i < ids.size(); ++i) ids[i] = static_cast<int32_t>(i % p.length / 100);
     o.segment_ids = {arrays.Bytes(ids.size() * sizeof(int32_t)), DataType::S32};

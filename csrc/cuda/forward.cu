@@ -40,14 +40,15 @@ namespace jax_sscan::gpu {
 namespace {
 
 // kRestarts: the state may start anew along the sequence. kAlone: the team has a multiprocessor to
-// itself. kThin: walkers of further channels, two states each.
+// itself. kThin: walkers of further channels, kThinStates each.
 template <typename NumberOf, int kStates, int kLanes, int kPerLane, int kWalkers,
           Elements kElements, Layout kLayout, bool kRestartsOf, bool kAloneOf, int kThinOf>
 struct ForwardShared {
   using Number = NumberOf;
   static constexpr bool kRestarts = kRestartsOf;
   static constexpr bool kAlone = kAloneOf;
-  static constexpr int kGroup = kStates * kLanes, kThin = kThinOf, kThinLanes = kGroup / 2;
+  static constexpr int kGroup = kStates * kLanes, kThin = kThinOf;
+  static constexpr int kThinLanes = kGroup / kThinStates;
   // Those of thin walkers come after the others.
   static constexpr int kPlainChannels = kWalkers / kLanes * kPerLane;
   static constexpr int kChannels = kPlainChannels + kThin / kThinLanes;
@@ -101,7 +102,7 @@ struct ForwardShared {
   Staged sequences[2];
   StagedProjections projections[2];
   // What comes next, as it lies in memory. Sent for a tile ahead, or two: of float32, which takes
-  // longer to come, if there is room, and where tiles take less time; or three.
+  // longer to come, if there is room, and where tiles take less time; or three, by a team alone.
   static constexpr bool kTakesLong = kElements == Elements::kFloat || kWalkers == 160;
   static constexpr int kAhead = kAlone ? 3 : kTakesLong && kChannels <= 40 && kOneGroup ? 2 : 1;
   struct Next {
@@ -458,7 +459,7 @@ __global__ void __launch_bounds__(Shared::kMostThreads, Shared::kBlocks)
     load_segments(tile + 1);
   };
   const int sender = thread - Shared::kFirstSender;
-  if (Shared::kAlone && 0 <= sender && sender < Shared::kSenders) {
+  if (0 <= sender && sender < Shared::kSenders) {
     const Lines lines = SequenceLines(p, block);
     const Sequences sequences(lines, p.reverse, sender);
     const typename Shared::template ProjectionsOf<kWarp> projections(
@@ -610,7 +611,7 @@ __global__ void __launch_bounds__(Shared::kMostThreads, Shared::kBlocks)
 
   if constexpr (Shared::kThin > 0) {
     if (thread < Shared::kThin) {
-      Walk<Shared, 2, Shared::kThinLanes, 1, Shared::kThin>(
+      Walk<Shared, kThinStates, Shared::kThinLanes, 1, Shared::kThin>(
           p, plan, pieces, block, shared, thread, Shared::kPlainChannels, meet_team, meet_teams);
       return;
     }

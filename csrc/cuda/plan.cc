@@ -76,7 +76,7 @@ Plan Cut(const Problem& p, Elements elements, std::initializer_list<Candidate> c
     plan.alone = c.only_alone;
     plan.thin = c.thin;
     plan.block_channels =
-        c.walkers / c.shape.lanes * c.shape.channels + c.thin / (2 * c.shape.lanes);
+        c.walkers / c.shape.lanes * c.shape.channels + c.thin * kThinStates / c.shape.group();
     plan.blocks_per_group = static_cast<int>(CeilDiv(p.group_dim(), plan.block_channels));
     plan.blocks = p.batch * p.groups * plan.blocks_per_group;
     plan.tiles = static_cast<int>(CeilDiv(p.length, kTile));
@@ -254,6 +254,7 @@ bool Aligned(std::initializer_list<Array> arrays, int count) {
   return true;
 }
 
+// Whether pointers let them, too.
 bool Movable(const Problem& p, int count, std::initializer_list<Array> sequences) {
   return MovableBySize(p, count) && Aligned(sequences, count);
 }

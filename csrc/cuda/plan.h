@@ -16,6 +16,9 @@ inline bool IsComplex(const Problem& p) { return ffi::ToReal(p.state) != p.state
 // States that the pass before spans takes at a time, there or not.
 constexpr int kPassStates = 16;
 
+// States of a lane of forward's thin walkers, whatever the others have.
+constexpr int kThinStates = 2;
+
 // More states do not fit in the forward kernel's shared memory, where they wait their turn (kept in
 // step with _MOST_STATES in jax_sscan/backends/native.py).
 constexpr int64_t kMostStates = 1024;
@@ -43,7 +46,7 @@ struct Plan {
   Elements elements;
   Shape shape;
   int walkers;           // threads of a block that compute states
-  int thin;              // and those of further channels, on twice as many lanes
+  int thin;              // and those of further channels, kThinStates on a lane
   bool alone;            // the kernel for blocks that have a multiprocessor each to themselves
   int block_channels;    // channels of a block, all of one group and batch row
   int blocks_per_group;  // blocks side by side over the channels of a group

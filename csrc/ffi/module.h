@@ -14,28 +14,6 @@ struct Module {
   int64_t (*backward_workspace_bytes)(const Problem&, bool has_states);
 };
 
-// A problem of these sizes and flags, without arrays.
-inline Problem MakeProblem(int64_t batch, int64_t dim, int64_t length, int64_t dstate,
-                           int64_t groups, int64_t chunk, int64_t instances, bool channel_last,
-                           bool B_varies, bool C_varies, bool has_segments, bool is_complex,
-                           bool is_double) {
-  Problem p{};
-  p.batch = batch;
-  p.dim = dim;
-  p.length = length;
-  p.dstate = dstate;
-  p.groups = groups;
-  p.chunk = chunk;
-  p.instances = instances;
-  p.SetLayout(channel_last);
-  p.B_varies = B_varies;
-  p.C_varies = C_varies;
-  p.has_segments = has_segments;
-  p.state = is_complex ? (is_double ? DataType::C128 : DataType::C64)
-                       : (is_double ? DataType::F64 : DataType::F32);
-  return p;
-}
-
 inline void DefineModule(nanobind::module_& m, const Module& module, nanobind::dict info) {
   namespace nb = nanobind;
   info["version"] = JAX_SSCAN_VERSION;
@@ -57,9 +35,11 @@ inline void DefineModule(nanobind::module_& m, const Module& module, nanobind::d
       [module](int64_t batch, int64_t dim, int64_t length, int64_t dstate, int64_t groups,
                int64_t chunk, int64_t instances, bool channel_last, bool B_varies, bool C_varies,
                bool has_segments, bool is_complex, bool is_double, bool has_states) {
+        const DataType real = is_double ? DataType::F64 : DataType::F32;
+        const DataType complex = is_double ? DataType::C128 : DataType::C64;
         const Problem p =
             MakeProblem(batch, dim, length, dstate, groups, chunk, instances, channel_last,
-                        B_varies, C_varies, has_segments, is_complex, is_double);
+                        B_varies, C_varies, has_segments, is_complex ? complex : real);
         return nb::make_tuple(module.forward_workspace_bytes(p),
                               module.backward_workspace_bytes(p, has_states));
       },

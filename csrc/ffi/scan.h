@@ -53,6 +53,26 @@ struct Problem {
   int64_t instance(int64_t row) const { return row / (batch / instances); }
 };
 
+// A problem of these sizes and flags, without arrays.
+inline Problem MakeProblem(int64_t batch, int64_t dim, int64_t length, int64_t dstate,
+                           int64_t groups, int64_t chunk, int64_t instances, bool bld,
+                           bool B_varies, bool C_varies, bool has_segments, DataType state) {
+  Problem p{};
+  p.batch = batch;
+  p.dim = dim;
+  p.length = length;
+  p.dstate = dstate;
+  p.groups = groups;
+  p.chunk = chunk;
+  p.instances = instances;
+  p.SetLayout(bld);
+  p.B_varies = B_varies;
+  p.C_varies = C_varies;
+  p.has_segments = has_segments;
+  p.state = state;
+  return p;
+}
+
 // The states on entering each chunk but the first in processing order, (batch, num_chunks - 1,
 // dstate, dim), and the last state are absent where nobody asked for them.
 struct Forward : Problem {

@@ -3,8 +3,8 @@
 //     plan_test batch dim length bld|bdl segments
 //
 // prints the forward and the backward kernel for float32 and 16 states: walkers, thin ones,
-// channels of a lane, whether alone. Without arguments it checks plans of drawn problems, and
-// prints how many.
+// channels of a lane, whether alone or in spans. Without arguments it checks plans of drawn
+// problems, and prints how many.
 #include "cuda/plan.h"
 
 #include <cstdio>
@@ -17,16 +17,6 @@ namespace {
 
 constexpr Elements kAll[] = {Elements::kGeneral, Elements::kOdd,    Elements::kMixed,
                              Elements::kFloat,   Elements::kBfloat, Elements::kHalf};
-
-Problem MakeProblem(int64_t batch, int64_t dim, int64_t length, int64_t dstate, bool bld) {
-  Problem p{};
-  p.batch = batch, p.dim = dim, p.length = length, p.dstate = dstate;
-  p.groups = p.instances = 1;
-  p.B_varies = p.C_varies = true;
-  p.state = DataType::F32;
-  p.SetLayout(bld);
-  return p;
-}
 
 void Require(bool condition, const char* what, const Problem& p) {
   if (condition) return;
@@ -52,11 +42,10 @@ int CheckDrawn() {
   auto draw = [&](int64_t most) { return 1 + static_cast<int64_t>(random() % most); };
   int count = 0;
   for (int i = 0; i < 5000; ++i) {
-    Problem p = MakeProblem(draw(8), draw(3000), draw(i % 10 ? 3000 : 300000),
-                            draw(i % 3 ? 16 : 300), random() % 2);
-    p.groups = draw(3), p.dim *= p.groups;
-    p.has_segments = random() % 2;
-    if (i % 7 == 0) p.B_varies = false;
+    const int64_t groups = draw(3), length = draw(i % 10 ? 3000 : 300000);
+    const Problem p =
+        MakeProblem(draw(8), groups * draw(3000), length, draw(i % 3 ? 16 : 300), groups, kTile, 1,
+                    random() % 2, i % 7 != 0, true, random() % 2, DataType::F32);
     // XLA is asked for what is enough before dtypes and pointers are known.
     const int64_t forward = ForwardWorkspace::Enough(p), backward = BackwardWorkspace::Enough(p);
     const bool general = !p.B_varies || p.dstate > kMostPlainStates;
@@ -87,8 +76,9 @@ int main(int count, char** arguments) {
     return 0;
   }
   auto number = [&](int i) { return std::atoll(arguments[i]); };
-  Problem p = MakeProblem(number(1), number(2), number(3), 16, std::string(arguments[4]) == "bld");
-  p.has_segments = number(5) != 0;
+  const Problem p =
+      MakeProblem(number(1), number(2), number(3), 16, 1, kTile, 1,
+                  std::string(arguments[4]) == "bld", true, true, number(5) != 0, DataType::F32);
   auto print = [](const Plan& plan) {
     std::printf("%d", plan.walkers);
     if (plan.thin) std::printf("+%d", plan.thin);

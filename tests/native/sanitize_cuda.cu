@@ -80,11 +80,9 @@ class Arrays {
 
 void Run(const Config& c) {
   Arrays arrays;
-  Problem p{};
-  p.batch = c.batch, p.dim = c.dim, p.length = c.length, p.dstate = c.dstate, p.groups = c.groups;
-  p.chunk = gpu::kTile, p.instances = 1, p.delta_softplus = c.optional, p.reverse = c.reverse;
-  p.channel_last = c.channel_last, p.B_varies = c.B_varies, p.C_varies = c.C_varies;
-  p.has_segments = c.segments, p.state = c.state;
+  Problem p = MakeProblem(c.batch, c.dim, c.length, c.dstate, c.groups, gpu::kTile, 1,
+                          c.channel_last, c.B_varies, c.C_varies, c.segments, c.state);
+  p.delta_softplus = c.optional, p.reverse = c.reverse;
   const int64_t sequence = p.batch * p.dim * p.length, weight = p.dim * p.dstate;
   const int64_t varying = p.batch * p.groups * p.length * p.dstate, state = p.batch * weight;
   const DataType projection = gpu::IsComplex(p) ? c.state : c.B;
