@@ -200,6 +200,7 @@ BLOCKS = [
     pytest.param(6, 1692, 36, False, "160x1", "320x2", id="of 40, two to a multiprocessor"),
     pytest.param(16, 252, 324, False, "128x1 alone", "320x2 in spans", id="of 32, alone on one"),
     pytest.param(3, 1692, 340, False, "128+64x1 alone", "320x2 in spans", id="of 40, alone"),
+    pytest.param(3, 1692, 324, False, "128+64x1 alone", "320x2 in spans", id="of 40, alone, an odd number of tiles"),
     pytest.param(2, 2652, 340, False, "128+128x1 alone", "384x2 in spans", id="of 48, alone"),
     pytest.param(16, 252, 324, True, "128x1 alone", "384x2 in spans", id="of 32, alone, segments"),
     pytest.param(3, 1692, 340, True, "128+64x1 alone", "384x2 in spans", id="of 40, alone, segments"),

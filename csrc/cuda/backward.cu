@@ -193,6 +193,7 @@ __global__ void __launch_bounds__(
   const Operands& ct = p.cotangents;
   const Sequences sequences(SequenceLines(p, block), p.reverse, stager);
   const Projections projections(ProjectionLines<kParts>(p, block), p.reverse, stager);
+  if (plan.spans == 1) WaitForBefore();
   StageVectors<Shared::kThreads, kChannels>(p, block, thread, shared.vectors);
   const bool B_varies = kVary || p.B_varies, C_varies = kVary || p.C_varies;
   const bool has_z = o.z.data != nullptr;
@@ -392,8 +393,8 @@ __global__ void __launch_bounds__(
       float* to_C = reinterpret_cast<float*>(base + workspace.dC) + to * kParts;
 #pragma unroll
       for (int k = 0; k < kParts; ++k) {
-        if (kVary || B_varies) to_B[k] = sums[0][k];
-        if (kVary || C_varies) to_C[k] = sums[1][k];
+        if (kVary || B_varies) StoreForLater(to_B + k, sums[0][k]);
+        if (kVary || C_varies) StoreForLater(to_C + k, sums[1][k]);
       }
     }
   };
@@ -647,9 +648,8 @@ __global__ void __launch_bounds__(
 #pragma unroll 4
     for (int64_t piece = 0; piece < (plan.spans - 1 - block.span) * plan.pieces; ++piece) {
       each([&](int i, int j) {
-        if (exists(i, j))
-          adjoint[i][j] = pieces.After(piece, adjoint[i][j], p, block, channel_of(j),
-                                       state_of(group, i), rate[i][j]);
+        adjoint[i][j] = pieces.After(piece, adjoint[i][j], p, block, channel_of(j),
+                                     state_of(group, i), rate[i][j]);
       });
     }
     if (waits) {
@@ -938,6 +938,7 @@ __global__ void __launch_bounds__(
     finish_vectors();
   }
 
+  LetNextBegin();
   for (int group = 0; group < groups; ++group) {
     each([&](int i, int j) {
       const int64_t n = state_of(group, i);
@@ -960,68 +961,98 @@ __global__ void __launch_bounds__(
   }
 }
 
-// The arrays that are sums of what blocks left, in one launch, and which of its blocks are whose.
+// An array that is a sum of what blocks left: `sets` of `count` numbers, each the sum of `terms`.
+struct Sums {
+  const float* from;
+  Array to;
+  int64_t sets, count, terms;
+  // A set's terms: so many one after the other, then as many `far` further; all in arrays of count.
+  int64_t together, far;
+  // How numbers lie in `to`: rows of `width`, of which a set has every `interleaved`-th.
+  int64_t width, interleaved;
+  int vector;    // numbers that a thread takes at once, 4 or 1
+  int parts;     // warps that share the terms of a number
+  unsigned end;  // of its blocks
+};
 enum { kSumA, kSumB, kSumC, kSumD, kSumBias, kSumArrays };
-struct SumBlocks {
-  unsigned end[kSumArrays];
+struct AllSums {
+  Sums of[kSumArrays];
 };
 
-// terms numbers, a stride apart, in their order.
-__device__ inline float Sum(const float* from, int64_t terms, int64_t stride, float sum) {
-#pragma unroll 8
-  for (int64_t k = 0; k < terms; ++k) sum += __ldg(from + k * stride);
-  return sum;
+// A warp takes neighbouring numbers, and as many loads are on their way at once as its registers
+// allow, since all of this is waiting for memory.
+constexpr int kSumWarps = 8, kSumThreads = kSumWarps * kWarp;
+
+template <int kVector>
+__device__ inline void AddUp(const Sums& sums, int64_t block, float (&parts)[kSumThreads][4]) {
+  constexpr int kAtOnce = 8;
+  const int warp = threadIdx.x / kWarp, part = warp % sums.parts;
+  const int64_t warps = block * (kSumWarps / sums.parts) + warp / sums.parts;
+  const int64_t i = (warps * kWarp + threadIdx.x % kWarp) * kVector;
+  const bool exists = i < sums.sets * sums.count;
+  const int64_t set = sums.sets == 1 ? 0 : i / sums.count, place = i - set * sums.count;
+  const float* const from = sums.from + set * sums.together * sums.count + place;
+  const int terms = static_cast<int>(sums.terms), together = static_cast<int>(sums.together);
+  const int last = exists ? terms * (part + 1) / sums.parts : 0;
+  float sum[kVector] = {};
+  for (int first = terms * part / sums.parts; first < last; first += kAtOnce) {
+    float x[kAtOnce][kVector];
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const int term = first + k;
+      const int64_t at = terms == together ? term : term / together * sums.far + term % together;
+#pragma unroll
+      for (int v = 0; v < kVector; ++v) x[k][v] = 0.0f;
+      if (term < last) LoadLastTime(from + at * sums.count, x[k]);
+    }
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k)
+#pragma unroll
+      for (int v = 0; v < kVector; ++v) sum[v] += x[k][v];
+  }
+  if (sums.parts > 1) {
+#pragma unroll
+    for (int v = 0; v < kVector; ++v) parts[threadIdx.x][v] = sum[v];
+    __syncthreads();
+    if (part == 0)
+      for (int other = 1; other < sums.parts; ++other)
+#pragma unroll
+        for (int v = 0; v < kVector; ++v) sum[v] += parts[threadIdx.x + other * kWarp][v];
+  }
+  if (!exists || part) return;
+  int64_t to = i;
+  if (sums.interleaved > 1) {
+    const int64_t row = set / sums.interleaved * (sums.count / sums.width) + place / sums.width;
+    to = (row * sums.interleaved + set % sums.interleaved) * sums.width + place % sums.width;
+  }
+  const DataType dtype = sums.to.dtype;
+  if (dtype == DataType::BF16 || dtype == DataType::F16) {
+    uint16_t* const at = static_cast<uint16_t*>(sums.to.data) + to;
+    if constexpr (kVector == 4)
+      *reinterpret_cast<uint2*>(at) = {Narrow(sum[0], sum[1], dtype).x,
+                                       Narrow(sum[2], sum[3], dtype).x};
+    else
+      *at = static_cast<uint16_t>(Narrow(sum[0], 0.0f, dtype).x);
+  } else {
+    float* const at = static_cast<float*>(sums.to.data) + to;
+    if constexpr (kVector == 4)
+      *reinterpret_cast<float4*>(at) = {sum[0], sum[1], sum[2], sum[3]};
+    else
+      *at = sum[0];
+  }
 }
 
-// One thread per number (part of one).
-__global__ void SumKernel(const __grid_constant__ Backward p, const __grid_constant__ Plan plan,
-                          const __grid_constant__ BackwardWorkspace workspace,
-                          const __grid_constant__ SumBlocks blocks) {
+__global__ void __launch_bounds__(kSumThreads) SumKernel(const __grid_constant__ AllSums all) {
+  WaitForBefore();
+  __shared__ float parts[kSumThreads][4];
   int array = 0;
-  while (blockIdx.x >= blocks.end[array]) ++array;
-  const unsigned first = array ? blocks.end[array - 1] : 0;
-  const int64_t i = static_cast<int64_t>(blockIdx.x - first) * blockDim.x + threadIdx.x;
-  const int64_t parts = p.state == DataType::C64 ? 2 : 1;
-  const char* base = static_cast<const char*>(p.workspace.data);
-  // Gradients of weights: over the spans and batch rows of an instance.
-  auto weight = [&](int64_t at, const Array& to, int64_t width) {
-    const int64_t count = p.dim * width, instance = i / count, rows = p.batch / p.instances;
-    if (i >= p.instances * count) return;
-    const float* from = reinterpret_cast<const float*>(base + at) + i % count;
-    float sum = 0.0f;
-    for (int64_t span = 0; span < plan.spans; ++span)
-      sum = Sum(from + (span * p.batch + instance * rows) * count, rows, count, sum);
-    static_cast<float*>(to.data)[i] = sum;
-  };
-  // Varying dB and dC: over the blocks of a group.
-  auto matrix = [&](int64_t at, const Array& to, bool varies) {
-    if (!varies) return weight(at, to, p.dstate * parts);
-    const int64_t width = p.dstate * parts, count = p.length * width;
-    if (i >= count * p.batch * p.groups) return;
-    const int64_t place = i % count, group = i / count % p.groups, row = i / (count * p.groups);
-    const float* from = reinterpret_cast<const float*>(base + at) +
-                        (row * p.groups + group) * plan.blocks_per_group * count + place;
-    const float sum = Sum(from, plan.blocks_per_group, count, 0.0f);
-    int64_t index = i;
-    if (p.channel_last)
-      index = ((row * p.length + place / width) * p.groups + group) * width + place % width;
-    if (parts == 2 || to.dtype == DataType::F32)
-      static_cast<float*>(to.data)[index] = sum;
-    else
-      static_cast<uint16_t*>(to.data)[index] = static_cast<uint16_t>(Narrow(sum, 0.0f, to.dtype).x);
-  };
-  switch (array) {
-    case kSumA:
-      return weight(workspace.dA, p.cotangents.A, p.dstate * parts);
-    case kSumB:
-      return matrix(workspace.dB, p.cotangents.B, p.B_varies);
-    case kSumC:
-      return matrix(workspace.dC, p.cotangents.C, p.C_varies);
-    case kSumD:
-      return weight(workspace.dD, p.cotangents.D, 1);
-    default:
-      return weight(workspace.d_bias, p.cotangents.delta_bias, 1);
-  }
+  while (blockIdx.x >= all.of[array].end) ++array;
+  const Sums& sums = all.of[array];
+  const int64_t block = blockIdx.x - (array ? all.of[array - 1].end : 0);
+  if (sums.vector == 4)
+    AddUp<4>(sums, block, parts);
+  else
+    AddUp<1>(sums, block, parts);
 }
 
 template <typename Number, int kStates, int kLanes, int kPerLane, int kWalkers, int kStagers,
@@ -1036,8 +1067,8 @@ Error Launch(const Backward& p, const Plan& plan, const BackwardWorkspace& works
   constexpr int kShared = sizeof(Shared);
   constexpr bool kHungry = kStagers && kElements != Elements::kGeneral;
   static_assert(kShared <= (kHungry ? kSharedBytes : kLittleSharedBytes));
-  return LaunchKernel(kernel, plan.blocks * plan.spans, Shared::kThreads, kShared, stream,
-                      plan.spans > 1, p, plan, workspace);
+  return LaunchKernel(kernel, plan.blocks * plan.spans, Shared::kThreads, kShared, stream, true, p,
+                      plan, workspace);
 }
 
 template <Elements kElements, Layout kLayout>
@@ -1106,20 +1137,42 @@ Error LaunchWalk(const Backward& p, const Plan& plan, const BackwardWorkspace& w
 
 Error LaunchSums(const Backward& p, const Plan& plan, const BackwardWorkspace& workspace,
                  Stream stream) {
-  constexpr int kThreads = 128;
-  const int64_t width = p.dstate * (IsComplex(p) ? 2 : 1);
-  const int64_t weight = p.instances * p.dim, varying = p.batch * p.groups * p.length * width;
+  const int64_t width = p.dstate * (IsComplex(p) ? 2 : 1), rows = p.batch / p.instances;
+  const char* const base = static_cast<const char*>(p.workspace.data);
+  auto from = [&](int64_t at) { return reinterpret_cast<const float*>(base + at); };
+  // Gradients of weights: over the spans and batch rows of an instance.
+  auto weight = [&](int64_t at, const Array& to, int64_t width) -> Sums {
+    return {from(at), to, to ? p.instances : 0, p.dim * width, plan.spans * rows, rows, p.batch,
+            width,    1};
+  };
+  // Varying dB and dC: over the blocks of a group.
+  auto matrix = [&](int64_t at, const Array& to, bool varies) -> Sums {
+    if (!varies) return weight(at, to, width);
+    const int64_t blocks = plan.blocks_per_group;
+    return {from(at), to,    p.batch * p.groups,           p.length * width, blocks, blocks,
+            0,        width, p.channel_last ? p.groups : 1};
+  };
   const Operands& ct = p.cotangents;
-  const int64_t counts[kSumArrays] = {weight * width, p.B_varies ? varying : weight * width,
-                                      p.C_varies ? varying : weight * width, ct.D ? weight : 0,
-                                      ct.delta_bias ? weight : 0};
-  SumBlocks blocks;
+  AllSums all;
+  all.of[kSumA] = weight(workspace.dA, ct.A, width);
+  all.of[kSumB] = matrix(workspace.dB, ct.B, p.B_varies);
+  all.of[kSumC] = matrix(workspace.dC, ct.C, p.C_varies);
+  all.of[kSumD] = weight(workspace.dD, ct.D, 1);
+  all.of[kSumBias] = weight(workspace.d_bias, ct.delta_bias, 1);
   int64_t end = 0;
-  for (int i = 0; i < kSumArrays; ++i) {
-    end += (counts[i] + kThreads - 1) / kThreads;
-    blocks.end[i] = static_cast<unsigned>(end);
+  for (Sums& sums : all.of) {
+    // What lies together is taken together, if it does so everywhere.
+    const bool aligned = reinterpret_cast<uintptr_t>(sums.from) % 16 == 0 &&
+                         reinterpret_cast<uintptr_t>(sums.to.data) % 16 == 0;
+    const int64_t neighbours = sums.interleaved > 1 ? sums.width : sums.count;
+    sums.vector = aligned && neighbours % 4 == 0 ? 4 : 1;
+    sums.parts = 1;
+    while (sums.parts < kSumWarps && sums.terms > 8 * sums.parts) sums.parts *= 2;
+    const int64_t of_block = kSumThreads / sums.parts * sums.vector;
+    end += (sums.sets * sums.count + of_block - 1) / of_block;
+    sums.end = static_cast<unsigned>(end);
   }
-  return LaunchKernel(SumKernel, end, kThreads, 0, stream, false, p, plan, workspace, blocks);
+  return LaunchKernel(SumKernel, end, kSumThreads, 0, stream, true, all);
 }
 
 }  // namespace

@@ -18,9 +18,10 @@
 //
 // Where there is but one team to a multiprocessor, each scheduler has one walker and little else,
 // and latencies are what it waits for. So a team that is alone has a warp that only sends for what
-// comes next, three tiles ahead, for stagers to have the time; and what channels it has beyond a
-// walker to a scheduler lie on more lanes, two states on each, with thin walkers: a fifth walker
-// would have the one beside it wait for exponentials.
+// comes next, three tiles ahead, for stagers to have the time; stagers make the sums over lanes;
+// and what channels it has beyond a walker to a scheduler lie on more lanes, two states on each,
+// with thin walkers: a fifth walker would have the one beside it wait for exponentials. Where there
+// are some, all meet every other tile.
 //
 // Shared memory, twice, for the tile that is walked and for the one that is staged: delta and
 // delta * u (softplus and bias done), B and C, y, and, where stagers lack the registers, what makes
@@ -88,9 +89,16 @@ struct ForwardShared {
   static constexpr int kRows = kVary || kTile > kChannels ? kTile : kChannels;
   // out = y * x + y for the two elements of a stager's pair, which has registers for few of them.
   static constexpr bool kKeepsGates = kOneGroup && Sequences::kCount <= 2;
+  // y, which walkers of a team that is alone leave in so many parts: they would wait for what they
+  // exchange between lanes. A row has a part of all channels after the other, so far apart that
+  // what a warp stores at once lies on different banks.
+  static constexpr int kPartsOfY = kAlone ? 4 : 1;
+  static constexpr int kPart = kAlone ? kChannels + (kChannels % 16 ? 0 : 8) : kStep;
+  static constexpr int kRowOfY =
+      kAlone ? kPartsOfY * kPart + (kLayout == Layout::kTimeLast ? 2 : 4) : kStep;
   struct Staged {
     alignas(16) float2 steps[Sequences::kCells];  // delta, delta * u
-    alignas(16) float y[Sequences::kCells];
+    alignas(16) float y[kAlone ? kTile * kRowOfY : Sequences::kCells];
     alignas(16) float4 gates[kKeepsGates ? 1 : Sequences::kCount * kStagers];
     uint32_t restarts;
   };
@@ -98,13 +106,19 @@ struct ForwardShared {
     alignas(16) Number B[kRows * kRow];
     alignas(16) Number C[kRows * kRow];
   };
-  // One is walked, the other staged.
-  Staged sequences[2];
-  StagedProjections projections[2];
+  // Tiles from one meeting to the next: thin walkers and the others wait less for each other if
+  // there are two. So many are walked, as many staged.
+  static constexpr int kTiles = kThin ? 2 : 1;
+  static constexpr int kBuffers = 2 * kTiles;
+  Staged sequences[kBuffers];
+  StagedProjections projections[kBuffers];
   // What comes next, as it lies in memory. Sent for a tile ahead, or two: of float32, which takes
-  // longer to come, if there is room, and where tiles take less time; or three, by a team alone.
+  // longer to come, if there is room, and where tiles take less time; or more, by a team alone.
   static constexpr bool kTakesLong = kElements == Elements::kFloat || kWalkers == 160;
-  static constexpr int kAhead = kAlone ? 3 : kTakesLong && kChannels <= 40 && kOneGroup ? 2 : 1;
+  static constexpr int kAhead = kThin                                        ? 2 * kTiles
+                                : kAlone                                     ? 3
+                                : kTakesLong && kChannels <= 40 && kOneGroup ? 2
+                                                                             : 1;
   struct Next {
     // u, delta and z
     alignas(16) typename Sequences::Slot sequences[3][Sequences::kCount * kStagers];
@@ -112,7 +126,7 @@ struct ForwardShared {
     typename Projections::Slot C[Projections::kCount * kStagers];
   };
   // One is taken from, the others are on their way.
-  static constexpr int kSlots = kAhead + 1;
+  static constexpr int kSlots = kAhead + kTiles;
   Next next[kSlots];
   Vectors<kChannels> vectors;
 };
@@ -128,7 +142,7 @@ __device__ __forceinline__ void Walk(const Forward& p, const Plan& plan,
   using Number = typename Shared::Number;
   using Sequences = typename Shared::Sequences;
   using Projections = typename Shared::Projections;
-  constexpr int kGroup = Shared::kGroup, kRow = Shared::kRow, kStep = Shared::kStep;
+  constexpr int kGroup = Shared::kGroup, kRow = Shared::kRow;
   constexpr int kParts = NumberTraits<Number>::kParts;
   constexpr bool kVary = Shared::kVary, kRestarts = Shared::kRestarts;
   const Operands& o = p.operands;
@@ -167,23 +181,24 @@ __device__ __forceinline__ void Walk(const Forward& p, const Plan& plan,
                           o.initial_state.data)[StateIndex(p, block, channel + j, n)]
                     : Number{};
     });
-#pragma unroll 4
+#pragma unroll 2
     for (int64_t piece = 0; piece < block.span * plan.pieces; ++piece) {
       each(group, [&](int j, int i, int64_t n) {
-        if (exists(j, n))
-          h[j][i] = pieces.After(piece, h[j][i], p, block, channel + j, n, rate[j][i]);
+        h[j][i] = pieces.After(piece, h[j][i], p, block, channel + j, n, rate[j][i]);
       });
     }
     if (groups > 1)
       each(group, [&](int j, int i, int64_t) { waiting[place_of(group, j, i)] = h[j][i]; });
   }
 
-  // Sums of y over lanes are made for kSum steps at once; this lane comes to hold kHeld of them,
-  // from first_row on.
-  constexpr int kSum = kLanes <= 4 ? 4 : kLanes, kHeld = kSum / kLanes;
+  // Sums of y over kSummed lanes are made for kSum steps at once; this lane comes to hold kHeld of
+  // them, from first_row on.
+  constexpr int kSummed = kLanes / Shared::kPartsOfY;
+  constexpr int kSum = kSummed < kLanes ? kSummed : kLanes <= 4 ? 4 : kLanes;
+  constexpr int kHeld = kSum / kSummed;
   int first_row = 0;
 #pragma unroll
-  for (int bit = 1, half = kSum / 2; bit < kLanes; bit *= 2, half /= 2)
+  for (int bit = 1, half = kSum / 2; bit < kSummed; bit *= 2, half /= 2)
     first_row += lane & bit ? half : 0;
   // Of this lane's first state among the saved ones, where those that enter a tile go.
   int64_t saved = TransposedIndex(
@@ -192,20 +207,25 @@ __device__ __forceinline__ void Walk(const Forward& p, const Plan& plan,
       channel, lane * kStates);
   // Two channels of a lane are stored at once where they may be.
   const bool pairs = p.dim % 2 == 0 && block.first_channel % 2 == 0 && block.channels % 2 == 0;
-  [[maybe_unused]] auto store_both = [](float* to, float x, float y) {
-    if (Shared::kOneGroup)  // which the compiler has not parted yet, and has registers for
-      *reinterpret_cast<float2*>(to) = {x, y};
-    else
-      StoreTogether(to, x, y);
-  };
+  // Beside thin walkers by pointers that move: the compiler would reckon each address anew, for
+  // which the whole team waits.
+  [[maybe_unused]] Number* save_to = static_cast<Number*>(p.states.data) + saved;
+  [[maybe_unused]] const int64_t next_saved = (p.reverse ? -p.dstate : p.dstate) * p.dim;
   auto save = [&](int group) {
+    if constexpr (Shared::kThin > 0) {
+      Number* to = save_to;
+#pragma unroll
+      for (int i = 0; i < kStates; ++i, to += p.dim)
+        if (exists(0, lane * kStates + i)) *to = h[0][i];
+      return;
+    }
     Number* to = static_cast<Number*>(p.states.data) + saved + group * kGroup * p.dim;
     if constexpr (kPerLane == 2) {
       if (pairs) {
 #pragma unroll
         for (int i = 0; i < kStates; ++i)
           if (exists(0, group * kGroup + lane * kStates + i))
-            store_both(to + i * p.dim, h[0][i], h[1][i]);
+            StoreTogether(to + i * p.dim, h[0][i], h[1][i]);
         return;
       }
     }
@@ -216,15 +236,16 @@ __device__ __forceinline__ void Walk(const Forward& p, const Plan& plan,
   int turn = 0;  // of the projections' buffers
   for (int tile = first_tile; tile < last_tile; ++tile) {
     meet_teams(tile - first_tile, false);
-    typename Shared::Staged& staged = shared.sequences[(tile - first_tile) & 1];
-    for (int group = 0; group < groups; ++group, turn ^= 1) {
+    const int buffer = (tile - first_tile) & (Shared::kBuffers - 1);
+    typename Shared::Staged& staged = shared.sequences[buffer];
+    for (int group = 0; group < groups; ++group, turn = (turn + 1) & (Shared::kBuffers - 1)) {
       const typename Shared::StagedProjections& staged_projections = shared.projections[turn];
       if (groups > 1) {
         load_group(group);
         each(group, [&](int j, int i, int64_t) { h[j][i] = waiting[place_of(group, j, i)]; });
       }
       if (p.states.data && tile) save(group);
-      meet_team();
+      if (buffer % Shared::kTiles == 0) meet_team();
       auto row_start = [](int i) { return Projections::template RowStart<float>(i) / kParts; };
       auto load = [&](const Number* from, bool varies, int row, Number(&to)[kPerLane][kStates]) {
 #pragma unroll
@@ -257,7 +278,7 @@ __device__ __forceinline__ void Walk(const Forward& p, const Plan& plan,
       auto sum_over_lanes = [&](int first) {
 #pragma unroll
         for (int j = 0; j < kPerLane; ++j) {
-          SumHalves<kSum, 0, 1, kLanes>(y[j]);
+          SumHalves<kSum, 0, 1, kSummed>(y[j]);
 #pragma unroll
           for (int k = 0; k < kHeld; ++k) sums[first / kSum][j][k] = y[j][k];
         }
@@ -266,7 +287,8 @@ __device__ __forceinline__ void Walk(const Forward& p, const Plan& plan,
 #pragma unroll
         for (int k = 0; k < kHeld; ++k) {
           const auto& sum = sums[first / kSum];
-          float* to = staged.y + (first + first_row + k) * kStep + channel;
+          float* to = staged.y + (first + first_row + k) * Shared::kRowOfY +
+                      lane / kSummed * Shared::kPart + channel;
           if constexpr (kPerLane == 2) {
             const float2 before = group ? *reinterpret_cast<const float2*>(to) : float2{};
             *reinterpret_cast<float2*>(to) = {sum[0][k] + before.x, sum[1][k] + before.y};
@@ -317,7 +339,10 @@ __device__ __forceinline__ void Walk(const Forward& p, const Plan& plan,
         each(group, [&](int j, int i, int64_t) { waiting[place_of(group, j, i)] = h[j][i]; });
       }
     }
-    saved += (p.reverse ? -p.dstate : p.dstate) * p.dim;
+    if constexpr (Shared::kThin > 0)
+      save_to += next_saved;
+    else
+      saved += (p.reverse ? -p.dstate : p.dstate) * p.dim;
   }
   for (int tile = last_tile; tile < first_tile + plan.span_tiles; ++tile)
     meet_teams(tile - first_tile, false);
@@ -359,7 +384,8 @@ __global__ void __launch_bounds__(Shared::kMostThreads, Shared::kBlocks)
   extern __shared__ char memory[];
   Shared& shared = reinterpret_cast<Shared*>(memory)[team];
   const Operands& o = p.operands;
-  const Block block(p, plan, index_of(team));
+  using Count = std::conditional_t<Shared::kThin != 0, uint32_t, int64_t>;
+  const Block block(p, plan, static_cast<Count>(index_of(team)));
   const bool has_z = o.z.data != nullptr;
   const bool B_varies = kVary || p.B_varies, C_varies = kVary || p.C_varies;
   const int groups = kOneGroup ? 1 : plan.state_groups;
@@ -371,6 +397,9 @@ __global__ void __launch_bounds__(Shared::kMostThreads, Shared::kBlocks)
   // the sixth.
   int thread = static_cast<int>(threadIdx.x) - team * kThreads;
   if (kWalkers == 5 * kWarp && (thread / kWarp == 3 || thread / kWarp == 5)) thread ^= 6 * kWarp;
+  // The sender has less to do than a stager: beside a thin walker, with one of these less there.
+  if (Shared::kThin == 2 * kWarp && (thread / kWarp == 6 || thread / kWarp == 8))
+    thread ^= 14 * kWarp;
   const int stager = thread - Shared::kFirstStager;
   StageVectors<kThreads, kChannels>(p, block, thread, shared.vectors);
   // Before the tile-th of a span, also where others have more; not before the first, for later
@@ -406,7 +435,7 @@ __global__ void __launch_bounds__(Shared::kMostThreads, Shared::kBlocks)
   auto slots_of = [&](int i, int odd) -> typename Shared::Next& {
     return shared.next[Shared::kSlots == 2 ? odd : static_cast<unsigned>(i) % Shared::kSlots];
   };
-  constexpr int kAhead = Shared::kAhead;
+  constexpr int kAhead = Shared::kAhead, kTiles = Shared::kTiles;
   constexpr bool kRegular = Sequences::kRegular;
   // What sends for turn i: the work of a thread of those who move projections.
   auto sends = [&](const Lines& lines, const Sequences& sequences, const auto& projections,
@@ -455,7 +484,7 @@ __global__ void __launch_bounds__(Shared::kMostThreads, Shared::kBlocks)
   auto put_restarts = [&](int tile, int lane) {
     if (!kRestarts || !p.has_segments) return;
     const uint32_t restarts = segments.Restarts();
-    if (lane == 0) shared.sequences[tile & 1].restarts = restarts;
+    if (lane == 0) shared.sequences[tile & (Shared::kBuffers - 1)].restarts = restarts;
     load_segments(tile + 1);
   };
   const int sender = thread - Shared::kFirstSender;
@@ -468,12 +497,15 @@ __global__ void __launch_bounds__(Shared::kMostThreads, Shared::kBlocks)
     load_segments(0);
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) send(i, i);
-    WaitForCopies<kAhead - 1>();
+    WaitForCopies<kAhead - kTiles>();
     meet_team();
-    for (int i = 0; i < turns; ++i) {
-      put_restarts(i, sender);
-      send(i + kAhead, 0);
-      WaitForCopies<kAhead - 1>();
+    for (int first = 0; first < turns; first += kTiles) {
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) {
+        put_restarts(first + i, sender);
+        send(first + i + kAhead, 0);
+      }
+      WaitForCopies<kAhead - kTiles>();
       meet_team();
     }
     meet_team();
@@ -510,7 +542,7 @@ __global__ void __launch_bounds__(Shared::kMostThreads, Shared::kBlocks)
       D[k] = sequences.OfLines(shared.vectors.D, k);
       delta_bias[k] = sequences.OfLines(shared.vectors.delta_bias, k);
     }
-    [[maybe_unused]] float4 gates[2][kPairs];  // of odd tiles and of the others
+    [[maybe_unused]] float4 gates[Shared::kBuffers][kPairs];
     auto stage_pair = [&](const Rows& rows, int k, uint2 u, uint2 delta, uint2 z,
                           typename Shared::Staged& to) -> float4 {
       if (!sequences.Mine(k)) return {};
@@ -532,19 +564,20 @@ __global__ void __launch_bounds__(Shared::kMostThreads, Shared::kBlocks)
       return {gate.x * kParts, D[k].x * input.x * gate.x, gate.y * kParts,
               D[k].y * input.y * gate.y};
     };
-    auto stage = [&](int i, int odd) {
+    // buffer: of turn i.
+    auto stage = [&](int i, int buffer) {
       const Turn turn = next_turn(to_stage, i);
-      const auto& from = slots_of(i, odd);
+      const auto& from = slots_of(i, buffer);
       if (turn.group == 0) {
         const Rows rows = rows_of(turn.tile);
-        const int odd_tile = kOneGroup ? odd : turn.tile & 1;
-        typename Shared::Staged& to = shared.sequences[odd_tile];
+        const int to_buffer = kOneGroup ? buffer : turn.tile & 1;
+        typename Shared::Staged& to = shared.sequences[to_buffer];
 #pragma unroll
         for (int k = 0; k < kPairs; ++k) {
           auto take = [&](int array) { return sequences.Take(from.sequences[array], k); };
           const float4 gate = stage_pair(rows, k, take(0), take(1), take(2), to);
           if constexpr (kKeepsGates)
-            gates[odd_tile][k] = gate;
+            gates[to_buffer][k] = gate;
           else if (sequences.Mine(k))
             to.gates[sequences.Index(k)] = gate;
         }
@@ -563,49 +596,74 @@ __global__ void __launch_bounds__(Shared::kMostThreads, Shared::kBlocks)
                                                                 turn.group * kGroup, stager, to);
         }
       };
-      typename Shared::StagedProjections& to = shared.projections[odd];
+      typename Shared::StagedProjections& to = shared.projections[buffer];
       stage_projection(o.B, B_varies, from.B, to.B);
       stage_projection(o.C, C_varies, from.C, to.C);
     };
-    auto finish = [&](int tile, int odd_tile) {
+    auto y_of = [&](const typename Shared::Staged& from, int k) -> float2 {
+      if constexpr (Shared::kPartsOfY == 1) {
+        return sequences.Get(from.y, k);
+      } else {
+        static_assert(Shared::kPartsOfY == 4);
+        auto part = [&](int i) {
+          return sequences.template GetFromRows<Shared::kRowOfY>(from.y + i * Shared::kPart, k);
+        };
+        const float2 a = part(0), b = part(1), c = part(2), d = part(3);
+        return {(a.x + b.x) + (c.x + d.x), (a.y + b.y) + (c.y + d.y)};
+      }
+    };
+    auto finish = [&](int tile, int buffer) {
       const Rows rows = rows_of(tile);
-      const typename Shared::Staged& from = shared.sequences[odd_tile];
+      const typename Shared::Staged& from = shared.sequences[buffer];
 #pragma unroll
       for (int k = 0; k < kPairs; ++k) {
         if (!sequences.Mine(k)) continue;
-        const float2 y = sequences.Get(from.y, k);
-        const float4 gate = kKeepsGates ? gates[odd_tile][k] : from.gates[sequences.Index(k)];
+        const float2 y = y_of(from, k);
+        const float4 gate = kKeepsGates ? gates[buffer][k] : from.gates[sequences.Index(k)];
         sequences.Store(p.out, finished, rows, k, fmaf(y.x, gate.x, gate.y),
                         fmaf(y.y, gate.z, gate.w));
       }
       finished += sequences.Stride();
     };
-    // Walkers take turn i.
-    auto take_turn = [&](int i, int odd) {
+    // Walkers take the i-th kTiles turns. The code knows which buffers are meant.
+    auto take_turns = [&](int i, int odd) {
       meet_team();
       send(i + 1 + kAhead, kAhead % 2 ? odd : 1 - odd);
-      const Turn turn = next_turn(to_take, i);
-      if (turn.tile && turn.group == 0) finish(turn.tile - 1, kOneGroup ? 1 - odd : ~turn.tile & 1);
-      stage(i + 1, 1 - odd);
+#pragma unroll
+      for (int k = 0; k < kTiles; ++k) {
+        const Turn turn = next_turn(to_take, i * kTiles + k);
+        const int tile = turn.tile - kTiles;
+        if (tile >= 0 && turn.group == 0)
+          finish(tile, kOneGroup ? (1 - odd) * kTiles + k : ~turn.tile & 1);
+      }
+#pragma unroll
+      for (int k = 0; k < kTiles; ++k) stage((i + 1) * kTiles + k, (1 - odd) * kTiles + k);
       wait_for_copies();
     };
+    auto finish_last = [&](int first, int odd) {
+#pragma unroll
+      for (int k = 0; k < kTiles; ++k)
+        if (kTiles == 1 || first + k < tiles) finish(first + k, odd * kTiles + k);
+    };
     send(kAhead, kAhead % 2);
-    stage(0, 0);
+#pragma unroll
+    for (int k = 0; k < kTiles; ++k) stage(k, k);
     wait_for_copies();
+    const int meetings = (turns + kTiles - 1) / kTiles;
     int i = 0;
 #pragma unroll 1
-    for (; i < turns; i += 2) {
+    for (; i < meetings; i += 2) {
       meet_teams(i, true);
-      take_turn(i, 0);
-      if (i + 1 < turns) take_turn(i + 1, 1);
+      take_turns(i, 0);
+      if (i + 1 < meetings) take_turns(i + 1, 1);
     }
     for (; i < plan.span_tiles; i += 2) meet_teams(i, true);
     meet_team();
-    // The code has to know which gates are meant.
-    if (tiles % 2)
-      finish(tiles - 1, 0);
+    const int last = (tiles - 1) / kTiles * kTiles;
+    if (last / kTiles % 2 == 0)
+      finish_last(last, 0);
     else
-      finish(tiles - 1, 1);
+      finish_last(last, 1);
     return;
   }
 

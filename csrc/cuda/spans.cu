@@ -74,10 +74,11 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int kRow = Shared::kRow, kParts = NumberTraits<Number>::kParts;
   extern __shared__ char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
-  LetNextBegin();
   const Operands& o = p.operands;
-  const Block block(p, plan);
+  const Block block(p, plan, blockIdx.x);
   const bool reversed = p.reverse != kBackward;
+  WaitForBefore();
+  LetNextBegin();
   StageVectors<kThreads, kChannels>(p, block, static_cast<int>(threadIdx.x), shared.vectors);
   const Array& from_B = kBackward ? o.C : o.B;
   const bool varies = kVary || (kBackward ? p.C_varies : p.B_varies);
@@ -348,8 +349,8 @@ Error Launch(const Pass& p, Plan plan, Number* ends, float* sum_delta, Stream st
     int bytes = sizeof(SpanShared<Number, kElements, kLayout>);
     if (plan.state_groups > 1) bytes += plan.state_groups * kStates * kWalkers * sizeof(Number);
     return LaunchKernel(SpanKernel<Pass, Number, kElements, kLayout, decltype(forgets)::value>,
-                        plan.blocks * (plan.spans - 1) * plan.pieces, kThreads, bytes, stream,
-                        false, p, plan, ends, sum_delta);
+                        plan.blocks * (plan.spans - 1) * plan.pieces, kThreads, bytes, stream, true,
+                        p, plan, ends, sum_delta);
   };
   const bool forgets = plan.HasLongSpans(p) && p.delta_softplus;
   [[maybe_unused]] auto launch_layout = [&](auto elements, auto forgets) {

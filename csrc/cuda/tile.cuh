@@ -25,16 +25,20 @@ struct Block {
   int64_t first_channel;  // of dim
   int channels;           // at most plan.block_channels
 
-  // i: of plan.blocks * plan.spans.
-  __device__ Block(const Problem& p, const Plan& plan, int64_t i = blockIdx.x) {
-    index_in_group = i % plan.blocks_per_group;
-    i /= plan.blocks_per_group;
-    group = i % p.groups;
-    i /= p.groups;
-    row = i % p.batch;
-    span = i / p.batch;
-    instance = row / (p.batch / p.instances);
-    const int64_t group_dim = p.dim / p.groups;
+  // i: of plan.blocks * plan.spans. 32 bits hold it, and divide in a fraction of the time; but in
+  // kernels whose registers are all taken the compiler then makes less of their loops.
+  template <typename Count = int64_t>
+  __device__ Block(const Problem& p, const Plan& plan, Count i = blockIdx.x) {
+    auto count = [](int64_t x) { return static_cast<Count>(x); };
+    index_in_group = i % count(plan.blocks_per_group);
+    i /= count(plan.blocks_per_group);
+    group = i % count(p.groups);
+    i /= count(p.groups);
+    row = i % count(p.batch);
+    span = i / count(p.batch);
+    instance = count(row) / (count(p.batch) / count(p.instances));
+    const bool whole = sizeof(Count) == 4 && p.groups == 1;
+    const int64_t group_dim = whole ? p.dim : p.dim / p.groups;
     const int64_t first = index_in_group * plan.block_channels;
     first_channel = group * group_dim + first;
     const int64_t rest = group_dim - first;
@@ -380,6 +384,14 @@ class Tile {
     if (PairsAreSteps()) return {cells[Cell(k, 0)], cells[Cell(k, 1)]};
     return *reinterpret_cast<const float2*>(cells + Cell(k, 0));
   }
+  // The same where rows are of that length.
+  template <int kRowLength>
+  __device__ float2 GetFromRows(const float* cells, Place k) const {
+    const int offset = offset_ + OffsetTo(k), row = reversed_ ? kTile - 1 - offset : offset;
+    const float* const first = cells + row * kRowLength + LineOf(k, 0);
+    if (PairsAreSteps()) return {*first, first[reversed_ ? -kRowLength : kRowLength]};
+    return *reinterpret_cast<const float2*>(first);
+  }
 
  private:
   __device__ int CellFrom(int first, Place k, int e) const {
@@ -593,13 +605,18 @@ struct Pieces {
   const Number* ends;      // (pieces, batch, dstate, dim): the state of one that begins with 0
   const float* sum_delta;  // (pieces, batch, dim): NaN where the state starts anew
 
-  // The state at the end of a piece that begins with x.
+  // The state at the end of a piece that begins with x: x itself where there is no such channel or
+  // state. Without a branch, so that several are loaded at once: each takes half a microsecond.
   __device__ Number After(int64_t piece, Number x, const Problem& p, const Block& block,
                           int channel, int64_t state, Number rate) const {
     const int64_t slot = piece * p.batch + block.row;
-    const float sum = sum_delta[slot * p.dim + block.first_channel + channel];
-    const Number end = ends[TransposedIndex(p, block, slot, channel, state)];
-    return isnan(sum) ? end : MultiplyAdd(Decay(rate, sum), x, end);
+    const bool exists = channel < block.channels;
+    const float sum = exists ? sum_delta[slot * p.dim + block.first_channel + channel] : 0.0f;
+    const Number end = exists && state < p.dstate
+                           ? ends[TransposedIndex(p, block, slot, channel, state)]
+                           : Number{};
+    const Number after = MultiplyAdd(Decay(rate, sum), x, end);
+    return isnan(sum) ? end : after;
   }
 };
 template <typename Number, typename Workspace>

@@ -30,6 +30,24 @@ __device__ inline void StoreTogether(float* to, float x, float y) {
   asm volatile("st.global.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(x), "f"(y) : "memory");
 }
 
+// What `createpolicy.fractional.L2` makes of the whole of an access: its lines are the last, or the
+// first, to leave the L2 cache.
+constexpr uint64_t kEvictLast = 0x14F0000000000000, kEvictFirst = 0x12F0000000000000;
+
+// Stores what a later kernel reads, which is to find it in the cache, and loads it for the last
+// time.
+__device__ inline void StoreForLater(float* to, float x) {
+  asm volatile("st.global.L2::cache_hint.f32 [%0], %1, %2;" ::"l"(to), "f"(x), "l"(kEvictLast)
+               : "memory");
+}
+__device__ inline void LoadLastTime(const float* from, float (&to)[4]) {
+  asm volatile("ld.global.L2::cache_hint.v4.f32 {%0, %1, %2, %3}, [%4], %5;"
+               : "=f"(to[0]), "=f"(to[1]), "=f"(to[2]), "=f"(to[3])
+               : "l"(from), "l"(kEvictFirst)
+               : "memory");
+}
+__device__ inline void LoadLastTime(const float* from, float (&to)[1]) { to[0] = *from; }
+
 // 2^x, within 2 ulp; results below the smallest normal number are 0.
 __device__ inline float Exp2(float x) {
   float y;

@@ -179,6 +179,8 @@ int main() {
   Run({1, 600, 300, 16, 1, kBf16, kBf16, kF32, true, false, true, true, false, true}), ++count;
   Run({2, 520, 500, 16, 1, kBf16, kBf16, kF32, true, false, true, true, true, true}), ++count;
   Run({1, 5300, 100, 16, 1, kF32, kF32, kF32, false, true, true, true, true, true}), ++count;
+  // The same of 40 with an odd number of tiles, and without segments.
+  Run({1, 5200, 324, 16, 1, kBf16, kBf16, kF32, true, false, true, true, false, true}), ++count;
   // Spans, the pass before which loads 16 bytes at a time.
   Run({1, 72, 800, 16, 1, kBf16, kBf16, kF32, true, true, true, true, false, true}), ++count;
   std::printf("%d problems\n", count);
