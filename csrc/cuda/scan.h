@@ -13,4 +13,8 @@ Error LaunchBackward(const Backward& p, Stream stream);
 Error LaunchPieces(const Forward& p, const Plan& plan, void* ends, void* sum_delta, Stream stream);
 Error LaunchPieces(const Backward& p, const Plan& plan, void* ends, void* sum_delta, Stream stream);
 
+// What the walk of all blocks left, added up.
+Error LaunchSums(const Backward& p, const Plan& plan, const BackwardWorkspace& workspace,
+                 Stream stream);
+
 }  // namespace jax_sscan::gpu

@@ -89,6 +89,24 @@ __device__ inline void Advance(int& tile, int& group, int groups) {
 // How the time runs in memory: known to the code or not.
 enum class Layout { kAny, kChannelLast, kTimeLast };
 
+// Both, as a type for code that has to know them, and what calls such code: with the elements of
+// the plan, which are one of kElements, and the layout.
+template <Elements kElementsOf, Layout kLayoutOf>
+struct Storage {
+  static constexpr Elements kElements = kElementsOf;
+  static constexpr Layout kLayout = kLayoutOf;
+};
+template <Elements... kElements, typename Launch>
+Error LaunchFor(Elements elements, bool channel_last, const Launch& launch) {
+  Error error = kSuccess;
+  auto launch_if = [&](auto last, auto time_last) {
+    if (elements == last.kElements) error = channel_last ? launch(last) : launch(time_last);
+  };
+  (launch_if(Storage<kElements, Layout::kChannelLast>{}, Storage<kElements, Layout::kTimeLast>{}),
+   ...);
+  return error;
+}
+
 template <Elements kElements>
 __device__ inline DataType DtypeOf(const Array& array) {
   if constexpr (kElements == Elements::kFloat) return DataType::F32;
