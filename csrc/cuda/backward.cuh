@@ -195,6 +195,7 @@ __global__ void __launch_bounds__(
   const Operands& ct = p.cotangents;
   const Sequences sequences(SequenceLines(p, block), p.reverse, stager);
   const Projections projections(ProjectionLines<kParts>(p, block), p.reverse, stager);
+  // The pass before spans has waited for what came before, and walkers wait for that pass.
   if (plan.spans == 1) WaitForBefore();
   StageVectors<Shared::kThreads, kChannels>(p, block, thread, shared.vectors);
   const bool B_varies = kVary || p.B_varies, C_varies = kVary || p.C_varies;

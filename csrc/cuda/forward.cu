@@ -1,5 +1,5 @@
-// Forward of regular elements without segments, which is what most scans are. CI takes spills here,
-// in backward.cu and in spans.cu for errors.
+// Forward of regular elements without segments, which is what most scans are. CI takes spills here
+// for errors, and in backward.cu, spans.cu and sums.cu.
 #include "cuda/forward.cuh"
 
 namespace jax_sscan::gpu {

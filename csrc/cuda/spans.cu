@@ -77,6 +77,7 @@ __global__ void __launch_bounds__(kThreads)
   const Operands& o = p.operands;
   const Block block(p, plan, blockIdx.x);
   const bool reversed = p.reverse != kBackward;
+  // The walk after this one takes for granted that what came before has ended.
   WaitForBefore();
   LetNextBegin();
   StageVectors<kThreads, kChannels>(p, block, static_cast<int>(threadIdx.x), shared.vectors);
@@ -343,50 +344,29 @@ Error Launch(const Pass& p, Plan plan, Number* ends, float* sum_delta, Stream st
   plan.blocks_per_group = static_cast<int>((p.group_dim() + kChannels - 1) / kChannels);
   plan.blocks = p.batch * p.groups * plan.blocks_per_group;
   plan.state_groups = static_cast<int>((p.dstate + kGroup - 1) / kGroup);
-  auto launch = [&](auto elements, auto layout, auto forgets) {
-    constexpr Elements kElements = decltype(elements)::value;
-    constexpr Layout kLayout = decltype(layout)::value;
+  auto launch = [&](auto storage, auto forgets) {
+    constexpr Elements kElements = storage.kElements;
+    constexpr Layout kLayout = storage.kLayout;
     int bytes = sizeof(SpanShared<Number, kElements, kLayout>);
     if (plan.state_groups > 1) bytes += plan.state_groups * kStates * kWalkers * sizeof(Number);
     return LaunchKernel(SpanKernel<Pass, Number, kElements, kLayout, decltype(forgets)::value>,
                         plan.blocks * (plan.spans - 1) * plan.pieces, kThreads, bytes, stream, true,
                         p, plan, ends, sum_delta);
   };
-  const bool forgets = plan.HasLongSpans(p) && p.delta_softplus;
-  [[maybe_unused]] auto launch_layout = [&](auto elements, auto forgets) {
-    return p.channel_last
-               ? launch(elements, std::integral_constant<Layout, Layout::kChannelLast>{}, forgets)
-               : launch(elements, std::integral_constant<Layout, Layout::kTimeLast>{}, forgets);
-  };
-  [[maybe_unused]] auto launch_irregular = [&](auto elements) {
-    return launch_layout(elements, std::false_type{});
-  };
-  [[maybe_unused]] auto launch_regular = [&](auto elements) {
-    return forgets ? launch_layout(elements, std::true_type{}) : launch_irregular(elements);
-  };
-  auto choose = [&] {
-    if constexpr (std::is_same_v<Number, float>) {
-      // Irregular kernels restart.
-      const bool restarts = IsRegular(plan.elements) && p.has_segments;
-      switch (restarts ? Elements::kMixed : plan.elements) {
-        case Elements::kFloat:
-          return launch_regular(std::integral_constant<Elements, Elements::kFloat>{});
-        case Elements::kBfloat:
-          return launch_regular(std::integral_constant<Elements, Elements::kBfloat>{});
-        case Elements::kHalf:
-          return launch_regular(std::integral_constant<Elements, Elements::kHalf>{});
-        case Elements::kMixed:
-          return launch_irregular(std::integral_constant<Elements, Elements::kMixed>{});
-        case Elements::kOdd:
-          return launch_irregular(std::integral_constant<Elements, Elements::kOdd>{});
-        default:
-          break;
-      }
-    }
-    return launch(std::integral_constant<Elements, Elements::kGeneral>{},
-                  std::integral_constant<Layout, Layout::kAny>{}, std::false_type{});
-  };
-  return choose();
+  if constexpr (std::is_same_v<Number, float>) {
+    // Irregular kernels restart.
+    const bool restarts = IsRegular(plan.elements) && p.has_segments;
+    const Elements elements = restarts ? Elements::kMixed : plan.elements;
+    const bool forgets = plan.HasLongSpans(p) && p.delta_softplus;
+    if (elements != Elements::kGeneral)
+      return LaunchFor<Elements::kFloat, Elements::kBfloat, Elements::kHalf, Elements::kMixed,
+                       Elements::kOdd>(elements, p.channel_last, [&](auto storage) {
+        if constexpr (IsRegular(storage.kElements))
+          if (forgets) return launch(storage, std::true_type{});
+        return launch(storage, std::false_type{});
+      });
+  }
+  return launch(Storage<Elements::kGeneral, Layout::kAny>{}, std::false_type{});
 }
 
 template <typename Pass>
