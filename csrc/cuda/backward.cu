@@ -6,29 +6,25 @@ namespace jax_sscan::gpu {
 namespace {
 
 template <Elements kElements, Layout kLayout>
-Error LaunchShape(const Backward& p, const Plan& plan, const BackwardWorkspace& workspace,
-                  Stream stream) {
-  const auto launch = [&](auto kernel) { return kernel(p, plan, workspace, stream); };
+BackwardLauncher Launcher(const Plan& plan) {
   switch (plan.walkers) {
     case 384:
-      return launch(Launch<float, 2, 8, 2, 384, 128, false, kElements, kLayout>);
+      return Launch<float, 2, 8, 2, 384, 128, false, kElements, kLayout>;
     case 320:
-      return launch(Launch<float, 2, 8, 2, 320, 160, false, kElements, kLayout>);
+      return Launch<float, 2, 8, 2, 320, 160, false, kElements, kLayout>;
     case 256:
       if constexpr (kElements != Elements::kFloat)
-        return launch(Launch<float, 4, 4, 2, 256, 128, false, kElements, kLayout>);
+        return Launch<float, 4, 4, 2, 256, 128, false, kElements, kLayout>;
   }
-  return LaunchBackwardRest(p, plan, workspace, stream);
+  return LaunchBackwardRest;
 }
 
-Error LaunchWalk(const Backward& p, const Plan& plan, const BackwardWorkspace& workspace,
-                 Stream stream) {
+BackwardLauncher LauncherOf(const Backward& p, const Plan& plan) {
   if (!IsRegular(plan.elements) || p.has_segments || plan.state_groups > 1)
-    return LaunchBackwardRest(p, plan, workspace, stream);
-  return LaunchFor<Elements::kFloat, Elements::kBfloat, Elements::kHalf>(
-      plan.elements, p.channel_last, [&](auto storage) {
-        return LaunchShape<storage.kElements, storage.kLayout>(p, plan, workspace, stream);
-      });
+    return LaunchBackwardRest;
+  return ForRegular(plan.elements, p.channel_last, [&](auto storage) {
+    return Launcher<storage.kElements, storage.kLayout>(plan);
+  });
 }
 
 }  // namespace
@@ -44,7 +40,8 @@ Error LaunchBackward(const Backward& p, Stream stream) {
         LaunchPieces(p, plan, base + workspace.ends, base + workspace.sum_delta, stream);
     if (error != kSuccess) return error;
   }
-  if (const Error error = LaunchWalk(p, plan, workspace, stream); error != kSuccess) return error;
+  if (const Error error = LauncherOf(p, plan)(p, plan, workspace, stream); error != kSuccess)
+    return error;
   return LaunchSums(p, plan, workspace, stream);
 }
 

@@ -980,6 +980,9 @@ Error Launch(const Backward& p, const Plan& plan, const BackwardWorkspace& works
                       plan, workspace);
 }
 
+// Which of those a plan wants.
+using BackwardLauncher = Error (*)(const Backward&, const Plan&, const BackwardWorkspace&, Stream);
+
 }  // namespace
 
 // What is not in backward.cu.

@@ -7,52 +7,47 @@ namespace jax_sscan::gpu {
 namespace {
 
 template <Elements kElements, Layout kLayout>
-Error LaunchShape(const Backward& p, const Plan& plan, const BackwardWorkspace& workspace,
-                  Stream stream) {
-  const auto launch = [&](auto kernel) { return kernel(p, plan, workspace, stream); };
-  if (!IsRegular(kElements) || p.has_segments) {
-    if (plan.state_groups > 1)
-      return launch(Launch<float, 2, 8, 2, 384, 128, true, kElements, kLayout, true>);
-    return launch(Launch<float, 2, 8, 2, 384, 128, false, kElements, kLayout, true>);
-  }
+BackwardLauncher Launcher(const Plan& plan, bool has_segments) {
   if constexpr (IsRegular(kElements)) {
-    if (plan.state_groups > 1)
-      return launch(Launch<float, 2, 8, 2, 384, 128, true, kElements, kLayout>);
-    if constexpr (kElements == Elements::kFloat) {
-      if (plan.walkers == 256) {
+    if (!has_segments) {
+      if (plan.state_groups > 1) return Launch<float, 2, 8, 2, 384, 128, true, kElements, kLayout>;
+      if constexpr (kElements == Elements::kFloat) {
         if constexpr (kLayout == Layout::kTimeLast)
-          if (plan.in_quads)
-            return launch(Launch<float, 4, 4, 2, 256, 128, false, kElements, kLayout, false, true>);
-        return launch(Launch<float, 4, 4, 2, 256, 128, false, kElements, kLayout>);
+          if (plan.walkers == 256 && plan.in_quads)
+            return Launch<float, 4, 4, 2, 256, 128, false, kElements, kLayout, false, true>;
+        if (plan.walkers == 256) return Launch<float, 4, 4, 2, 256, 128, false, kElements, kLayout>;
       }
+      return Launch<float, 4, 4, 2, 128, 0, false, kElements, kLayout>;
     }
-    return launch(Launch<float, 4, 4, 2, 128, 0, false, kElements, kLayout>);
   }
-  return kSuccess;
+  if (plan.state_groups > 1)
+    return Launch<float, 2, 8, 2, 384, 128, true, kElements, kLayout, true>;
+  return Launch<float, 2, 8, 2, 384, 128, false, kElements, kLayout, true>;
 }
 
 template <typename Number, int kStates, int kLanes>
-Error LaunchGeneral(const Backward& p, const Plan& plan, const BackwardWorkspace& workspace,
-                    Stream stream) {
+BackwardLauncher GeneralLauncher(const Plan& plan) {
   constexpr Elements kElements = Elements::kGeneral;
   constexpr Layout kLayout = Layout::kAny;
-  const auto launch = plan.state_groups > 1
-                          ? Launch<Number, kStates, kLanes, 1, 384, 96, true, kElements, kLayout>
-                          : Launch<Number, kStates, kLanes, 1, 416, 0, false, kElements, kLayout>;
-  return launch(p, plan, workspace, stream);
+  return plan.state_groups > 1
+             ? Launch<Number, kStates, kLanes, 1, 384, 96, true, kElements, kLayout>
+             : Launch<Number, kStates, kLanes, 1, 416, 0, false, kElements, kLayout>;
+}
+
+BackwardLauncher LauncherOf(const Backward& p, const Plan& plan) {
+  if (plan.elements == Elements::kGeneral)
+    return IsComplex(p) ? GeneralLauncher<Complex, 1, 16>(plan)
+                        : GeneralLauncher<float, 2, 8>(plan);
+  return ForPlain(plan.elements, p.channel_last, [&](auto storage) {
+    return Launcher<storage.kElements, storage.kLayout>(plan, p.has_segments);
+  });
 }
 
 }  // namespace
 
 Error LaunchBackwardRest(const Backward& p, const Plan& plan, const BackwardWorkspace& workspace,
                          Stream stream) {
-  if (plan.elements == Elements::kGeneral)
-    return IsComplex(p) ? LaunchGeneral<Complex, 1, 16>(p, plan, workspace, stream)
-                        : LaunchGeneral<float, 2, 8>(p, plan, workspace, stream);
-  return LaunchFor<Elements::kFloat, Elements::kBfloat, Elements::kHalf, Elements::kMixed,
-                   Elements::kOdd>(plan.elements, p.channel_last, [&](auto storage) {
-    return LaunchShape<storage.kElements, storage.kLayout>(p, plan, workspace, stream);
-  });
+  return LauncherOf(p, plan)(p, plan, workspace, stream);
 }
 
 }  // namespace jax_sscan::gpu

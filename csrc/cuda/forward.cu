@@ -6,20 +6,18 @@ namespace jax_sscan::gpu {
 namespace {
 
 template <Elements kElements, Layout kLayout>
-Error LaunchShape(const Forward& p, const Plan& plan, const ForwardWorkspace& workspace,
-                  Stream stream) {
-  const auto launch = [&](auto kernel) { return kernel(p, plan, workspace, stream); };
-  if (plan.alone) return launch(LaunchAlone<kElements, kLayout, false>);
-  if (plan.shape.lanes == 16) return launch(Launch<float, 4, 16, 2, 128, kElements, kLayout>);
-  if (plan.shape.lanes == 2) return launch(Launch<float, 2, 2, 1, 128, kElements, kLayout>);
-  if (plan.shape.channels == 2) return launch(Launch<float, 4, 4, 2, 128, kElements, kLayout>);
+ForwardLauncher Launcher(const Plan& plan) {
+  if (plan.alone) return AloneLauncher<kElements, kLayout, false>(plan);
+  if (plan.shape.lanes == 16) return Launch<float, 4, 16, 2, 128, kElements, kLayout>;
+  if (plan.shape.lanes == 2) return Launch<float, 2, 2, 1, 128, kElements, kLayout>;
+  if (plan.shape.channels == 2) return Launch<float, 4, 4, 2, 128, kElements, kLayout>;
   switch (plan.walkers) {
     case 96:
-      return launch(Launch<float, 4, 4, 1, 96, kElements, kLayout>);
+      return Launch<float, 4, 4, 1, 96, kElements, kLayout>;
     case 160:
-      return launch(Launch<float, 4, 4, 1, 160, kElements, kLayout>);
+      return Launch<float, 4, 4, 1, 160, kElements, kLayout>;
     default:
-      return launch(Launch<float, 4, 4, 1, 128, kElements, kLayout>);
+      return Launch<float, 4, 4, 1, 128, kElements, kLayout>;
   }
 }
 
@@ -37,10 +35,10 @@ Error LaunchForward(const Forward& p, Stream stream) {
   }
   if (!IsRegular(plan.elements) || p.has_segments)
     return LaunchForwardRest(p, plan, workspace, stream);
-  return LaunchFor<Elements::kFloat, Elements::kBfloat, Elements::kHalf>(
-      plan.elements, p.channel_last, [&](auto storage) {
-        return LaunchShape<storage.kElements, storage.kLayout>(p, plan, workspace, stream);
-      });
+  const auto launch = ForRegular(plan.elements, p.channel_last, [&](auto storage) {
+    return Launcher<storage.kElements, storage.kLayout>(plan);
+  });
+  return launch(p, plan, workspace, stream);
 }
 
 }  // namespace jax_sscan::gpu

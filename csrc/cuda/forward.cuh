@@ -92,8 +92,8 @@ struct ForwardShared {
   // out = y * x + y for the two elements of a stager's pair, which has registers for few of them.
   static constexpr bool kKeepsGates = kOneGroup && Sequences::kCount <= 2;
   // y, which walkers of a team that is alone leave in so many parts: they would wait for what they
-  // exchange between lanes. A row has a part of all channels after the other, so far apart that
-  // what a warp stores at once lies on different banks.
+  // exchange between lanes. A row has one part of all channels after another, so far apart
+  // that what a warp stores at once lies on different banks.
   static constexpr int kPartsOfY = kAlone ? 4 : 1;
   static constexpr int kPart = kAlone ? kChannels + (kChannels % 16 ? 0 : 8) : kStep;
   static constexpr int kRowOfY =
@@ -704,18 +704,19 @@ Error Launch(const Forward& p, const Plan& plan, const ForwardWorkspace& workspa
                       plan.spans > 1, p, plan, PiecesIn<Number>(p, workspace));
 }
 
-// Teams that have a multiprocessor each to themselves.
+// Which of those a plan wants.
+using ForwardLauncher = Error (*)(const Forward&, const Plan&, const ForwardWorkspace&, Stream);
+
+// Where teams have a multiprocessor each to themselves.
 template <Elements kElements, Layout kLayout, bool kRestarts>
-Error LaunchAlone(const Forward& p, const Plan& plan, const ForwardWorkspace& workspace,
-                  Stream stream) {
-  const auto launch = [&](auto kernel) { return kernel(p, plan, workspace, stream); };
+ForwardLauncher AloneLauncher(const Plan& plan) {
   switch (plan.thin) {
     case 64:
-      return launch(Launch<float, 4, 4, 1, 128, kElements, kLayout, kRestarts, true, 64>);
+      return Launch<float, 4, 4, 1, 128, kElements, kLayout, kRestarts, true, 64>;
     case 128:
-      return launch(Launch<float, 4, 4, 1, 128, kElements, kLayout, kRestarts, true, 128>);
+      return Launch<float, 4, 4, 1, 128, kElements, kLayout, kRestarts, true, 128>;
     default:
-      return launch(Launch<float, 4, 4, 1, 128, kElements, kLayout, kRestarts, true>);
+      return Launch<float, 4, 4, 1, 128, kElements, kLayout, kRestarts, true>;
   }
 }
 

@@ -359,8 +359,7 @@ Error Launch(const Pass& p, Plan plan, Number* ends, float* sum_delta, Stream st
     const Elements elements = restarts ? Elements::kMixed : plan.elements;
     const bool forgets = plan.HasLongSpans(p) && p.delta_softplus;
     if (elements != Elements::kGeneral)
-      return LaunchFor<Elements::kFloat, Elements::kBfloat, Elements::kHalf, Elements::kMixed,
-                       Elements::kOdd>(elements, p.channel_last, [&](auto storage) {
+      return ForPlain(elements, p.channel_last, [&](auto storage) {
         if constexpr (IsRegular(storage.kElements))
           if (forgets) return launch(storage, std::true_type{});
         return launch(storage, std::false_type{});

@@ -24,9 +24,8 @@ struct Sums {
   int parts;     // warps that share the terms of a number
   unsigned end;  // of its blocks
 };
-enum { kSumA, kSumB, kSumC, kSumD, kSumBias, kSumArrays };
 struct AllSums {
-  Sums of[kSumArrays];
+  Sums of[5];  // A, B, C, D, delta_bias
 };
 
 constexpr int kSumWarps = 8, kSumThreads = kSumWarps * kWarp;
@@ -123,12 +122,9 @@ Error LaunchSums(const Backward& p, const Plan& plan, const BackwardWorkspace& w
             0,        width, p.channel_last ? p.groups : 1};
   };
   const Operands& ct = p.cotangents;
-  AllSums all;
-  all.of[kSumA] = weight(workspace.dA, ct.A, width);
-  all.of[kSumB] = matrix(workspace.dB, ct.B, p.B_varies);
-  all.of[kSumC] = matrix(workspace.dC, ct.C, p.C_varies);
-  all.of[kSumD] = weight(workspace.dD, ct.D, 1);
-  all.of[kSumBias] = weight(workspace.d_bias, ct.delta_bias, 1);
+  AllSums all{{weight(workspace.dA, ct.A, width), matrix(workspace.dB, ct.B, p.B_varies),
+               matrix(workspace.dC, ct.C, p.C_varies), weight(workspace.dD, ct.D, 1),
+               weight(workspace.d_bias, ct.delta_bias, 1)}};
   int64_t end = 0;
   for (Sums& sums : all.of) {
     // What lies together is taken together, if it does so everywhere.

@@ -90,21 +90,29 @@ __device__ inline void Advance(int& tile, int& group, int groups) {
 enum class Layout { kAny, kChannelLast, kTimeLast };
 
 // Both, as a type for code that has to know them, and what calls such code: with the elements of
-// the plan, which are one of kElements, and the layout.
+// the plan, one of kFirst and kRest, and the layout.
 template <Elements kElementsOf, Layout kLayoutOf>
 struct Storage {
   static constexpr Elements kElements = kElementsOf;
   static constexpr Layout kLayout = kLayoutOf;
 };
-template <Elements... kElements, typename Launch>
-Error LaunchFor(Elements elements, bool channel_last, const Launch& launch) {
-  Error error = kSuccess;
-  auto launch_if = [&](auto last, auto time_last) {
-    if (elements == last.kElements) error = channel_last ? launch(last) : launch(time_last);
-  };
-  (launch_if(Storage<kElements, Layout::kChannelLast>{}, Storage<kElements, Layout::kTimeLast>{}),
-   ...);
-  return error;
+template <Elements kFirst, Elements... kRest, typename Body>
+auto ForStorage(Elements elements, bool channel_last, const Body& body) {
+  if constexpr (sizeof...(kRest) > 0)
+    if (elements != kFirst) return ForStorage<kRest...>(elements, channel_last, body);
+  return channel_last ? body(Storage<kFirst, Layout::kChannelLast>{})
+                      : body(Storage<kFirst, Layout::kTimeLast>{});
+}
+// The same for elements that are regular, and for all that are not general.
+template <typename Body>
+auto ForRegular(Elements elements, bool channel_last, const Body& body) {
+  return ForStorage<Elements::kFloat, Elements::kBfloat, Elements::kHalf>(elements, channel_last,
+                                                                          body);
+}
+template <typename Body>
+auto ForPlain(Elements elements, bool channel_last, const Body& body) {
+  return ForStorage<Elements::kFloat, Elements::kBfloat, Elements::kHalf, Elements::kMixed,
+                    Elements::kOdd>(elements, channel_last, body);
 }
 
 template <Elements kElements>
