@@ -78,10 +78,30 @@ struct BackwardShared {
   // and 2.
   static constexpr int kCopy = kRows * kRow + (kStates == 4 ? 8 : 16);
   static constexpr int kPairs = Sequences::kCount * kStaging;
+  // With many states to a lane, stagers have registers to spare and shared memory has no room.
+  static constexpr bool kCrowded = kStagers && kStates * kPerLane > 4;
+  // What spares stagers instructions for shared memory, whose queue they share with walkers. It
+  // costs registers or room, and which kernels gain by it was measured: for u to lie beside dy, so
+  // that both are found at once; for delta_bias and D of a thread's lines to be in registers; for
+  // its sums of dD and d_bias to be there; and for the loop over sums over channels to be unrolled.
+  static constexpr bool kLinesLast = kStagers && kLayout == Layout::kChannelLast;
+  static constexpr bool kIsFloat = kElements == Elements::kFloat;
+  static constexpr bool kWithInput = kLinesLast && !kCrowded && kIsFloat;
+  static constexpr bool kKeepsVectors = kLinesLast && kCrowded != kIsFloat;
+  static constexpr bool kKeepsSums =
+      kCrowded ||
+      (kLinesLast && (IsRegular(kElements) || (kElements == Elements::kMixed && !kWaits)));
+  static constexpr bool kUnrollsSums = kLinesLast && kIdle && !kIsFloat;
   struct Staged {
     alignas(16) float2 steps[Sequences::kCells];  // delta, delta * u
-    alignas(16) float dy[Sequences::kCells];
+    alignas(16) std::conditional_t<kWithInput, float2, float> dy[Sequences::kCells];
     uint32_t restarts;
+    __device__ float Dy(int cell) const {
+      if constexpr (kWithInput)
+        return dy[cell].x;
+      else
+        return dy[cell];
+    }
   };
   struct StagedProjections {
     alignas(16) Number B[kCopies * kCopy];
@@ -99,42 +119,33 @@ struct BackwardShared {
   alignas(16) Number entering[2][kGroup * kRowEntering + kGroup / 8 * (4 * kStates)];
   // Where a lane's states of all steps exceed the registers, it takes a tile in halves, by the same
   // code, and those of the first wait here while it takes the second.
-  static constexpr bool kCrowded = kStagers && kStates * kPerLane > 4;
   static constexpr int kHalves = kCrowded ? 2 : 1, kSteps = kTile / kHalves;
   alignas(16) float4 early[kCrowded ? kSteps - 1 : 1][kCrowded ? kStates * kPerLane / 4 : 1]
                           [kCrowded ? kWalkers : 1];
-  // What the gradients of a pair need again. Stagers of crowded walkers have registers for it.
-  static constexpr int kKept = kCrowded ? 1 : kPairs;
-  alignas(16) float4 inputs[2][kKept];
-  alignas(16) float2 gates[2][kKept];
+  // What the gradients of a pair need again: u and slopes, and gates; or, where u lies with dy,
+  // gates and slopes. Stagers of crowded walkers have registers for it.
+  alignas(16) float4 kept[2][kCrowded ? 1 : kPairs];
+  alignas(16) float2 gates[2][kCrowded || kWithInput ? 1 : kPairs];
   // d(delta u), d(delta), y: sums over n. Stagers finish one tile's while the next are made.
   static constexpr int kBuffers = kStagers ? 2 : 1;
   // Groups of states add to theirs in turn: where lanes hold the same sum, all but one have a cell
   // of their own for it, since a branch would keep steps apart.
   static constexpr int kAllSums = 3 * kSums + (kWaits ? kWalkers : 0);
   alignas(16) float sums[kBuffers][kAllSums];
-  // Each warp's sums over its channels: (dB, dC), state, part. What a warp adds up at once lies on
-  // different banks: eight steps of four states, or, where channels are last, the states of two
-  // steps. For these, rows are longer by half, or, where that is too much, every second has dB and
-  // dC in the other order.
+  // Each warp's sums over its channels: state, (dB, dC), part. What a warp adds up at once lies on
+  // different banks: the states of two steps, or, where time is last, sixteen steps of two.
   static constexpr int kValues = 2 * kGroup * kParts;
-  static constexpr bool kStepsApart = kLayout != Layout::kChannelLast;
-  static constexpr bool kSwaps = !kStepsApart && (kCrowded || kWaits || !kStagers);
-  static constexpr int kRowOfSums = kValues + (kStepsApart ? 2 : kSwaps ? 0 : kValues / 2);
-  __device__ static int PlaceOfSum(int row, int value) {
-    return kSwaps ? value ^ (row & 1) * (kValues / 2) : value;
-  }
+  static constexpr int kRowOfSums = kValues + (kLayout == Layout::kChannelLast ? 0 : 2);
   // Two where there is room: then walkers need not wait for those of the last tile to be used.
   static constexpr int kSetsOfSums = kWaits && kVary ? 2 : 1;
   alignas(16) float channel_sums[kSetsOfSums][kWalkers / kWarp][kTile][kRowOfSums];
   Vectors<kChannels> vectors;
-  // Each staging thread's sums of dD and d_bias, kept where inputs and gates are. Where channels
-  // are last, pairs that are kAcross apart are of the same two; where time is last, a pair is of
-  // one channel.
+  // Each staging thread's sums of dD and d_bias. Where channels are last, pairs that are kAcross
+  // apart are of the same two; where time is last, a pair is of one channel.
   static constexpr int kVectorSums =
       kLayout == Layout::kChannelLast ? Sequences::kAcross : Sequences::kCount;
   using VectorSum = std::conditional_t<kLayout == Layout::kTimeLast, float2, float4>;
-  alignas(16) VectorSum vector_sums[kCrowded ? 1 : kVectorSums * kStaging];
+  alignas(16) VectorSum vector_sums[kKeepsSums ? 1 : kVectorSums * kStaging];
   // Pairs that a stager works on at once. The loops over the others are not unrolled, unless a
   // pair's registers have to be known.
   static constexpr int kBatch = Sequences::kCount % 2 || (kCrowded && kElements != Elements::kFloat)
@@ -150,11 +161,10 @@ struct BackwardShared {
   typename Projections::Slot next_projections[2][Projections::kCount * kStaging];
 };
 
-// What the gradients of a pair of elements need again: u and the slope of softplus, and the
-// cotangent of out times the slope of silu.
+// What the gradients of a pair of elements need again: u, the slope of softplus, and the cotangent
+// of out times the slope of silu.
 struct Kept {
-  float4 input;
-  float2 gate;
+  float2 input, slope, d_gate;
 };
 
 __device__ inline void Split(float x, float* to) { to[0] = x; }
@@ -197,7 +207,8 @@ __global__ void __launch_bounds__(
   const Projections projections(ProjectionLines<kParts>(p, block), p.reverse, stager);
   // The pass before spans has waited for what came before, and walkers wait for that pass.
   if (plan.spans == 1) WaitForBefore();
-  StageVectors<Shared::kThreads, kChannels>(p, block, thread, shared.vectors);
+  // Stagers have more urgent loads to send for.
+  if (thread < kWalkers) StageVectors<kWalkers, kChannels>(p, block, thread, shared.vectors);
   const bool B_varies = kVary || p.B_varies, C_varies = kVary || p.C_varies;
   const bool has_z = o.z.data != nullptr;
   const int first_tile = static_cast<int>(block.span) * plan.span_tiles;
@@ -291,6 +302,16 @@ __global__ void __launch_bounds__(
     auto take = [&](int i) { return projections.Take(shared.next_projections[i], k); };
     return ProjectionPair{take(0), take(1)};
   };
+  // delta_bias and D of a stager's lines, which are the same in every tile.
+  constexpr bool kKeepsVectors = Shared::kKeepsVectors;
+  [[maybe_unused]] float2 kept_bias[kKeepsVectors ? Sequences::kAcross : 1] = {};
+  [[maybe_unused]] float2 kept_D[kKeepsVectors ? Sequences::kAcross : 1] = {};
+  auto of_lines = [&](const float* lines, const float2* kept, Place k) {
+    if constexpr (kKeepsVectors)
+      return kept[k.across];
+    else
+      return sequences.OfLines(lines, k);
+  };
   auto stage_sequences = [&](const Rows& rows, Place k, const Pair& pair, Staged& to) -> Kept {
     if (!sequences.Mine(k)) return {};
     const float2 input = sequences.Widen(pair.u, k, o.u);
@@ -302,7 +323,7 @@ __global__ void __launch_bounds__(
                         dy.y * (sigmoid.y * fmaf(x.y, 1.0f - sigmoid.y, 1.0f))};
     dy = {has_z ? dy.x * (x.x * sigmoid.x) : dy.x, has_z ? dy.y * (x.y * sigmoid.y) : dy.y};
     float2 delta = sequences.Widen(pair.delta, k, o.delta);
-    const float2 bias = sequences.OfLines(shared.vectors.delta_bias, k);
+    const float2 bias = of_lines(shared.vectors.delta_bias, kept_bias, k);
     delta = {delta.x + bias.x, delta.y + bias.y};
     const Softplus<kExact<kElements>> first(delta.x), second(delta.y);
     delta = p.delta_softplus ? float2{first.value, second.value} : delta;
@@ -313,8 +334,11 @@ __global__ void __launch_bounds__(
     slope = {has_first ? slope.x : 0.0f, has_second ? slope.y : 0.0f};
     sequences.Put(to.steps, k, {delta.x, delta.x * input.x}, {delta.y, delta.y * input.y});
     // y = 2 Re sum C h for complex numbers: the walk sees its cotangent doubled.
-    sequences.Put(to.dy, k, dy.x * kParts, dy.y * kParts);
-    return {{input.x, input.y, slope.x, slope.y}, d_gate};
+    if constexpr (Shared::kWithInput)
+      sequences.Put(to.dy, k, {dy.x * kParts, input.x}, {dy.y * kParts, input.y});
+    else
+      sequences.Put(to.dy, k, dy.x * kParts, dy.y * kParts);
+    return {input, slope, d_gate};
   };
   // In registers: of the tile that was staged last, and of the one before.
   [[maybe_unused]] Kept kept_of_staged[kPairs] = {}, kept_of_walked[kPairs] = {};
@@ -322,14 +346,21 @@ __global__ void __launch_bounds__(
     if constexpr (Shared::kCrowded) {
       kept_of_staged[k.Number()] = kept;
     } else if (sequences.Mine(k)) {
-      shared.inputs[buffer][sequences.Index(k)] = kept.input;
-      shared.gates[buffer][sequences.Index(k)] = kept.gate;
+      const int place = sequences.Index(k);
+      const float2 slope = kept.slope, first = Shared::kWithInput ? kept.d_gate : kept.input;
+      shared.kept[buffer][place] = {first.x, first.y, slope.x, slope.y};
+      if constexpr (!Shared::kWithInput) shared.gates[buffer][place] = kept.d_gate;
     }
   };
   auto kept = [&](int buffer, Place k) {
     if constexpr (Shared::kCrowded) return kept_of_walked[k.Number()];
     const int place = sequences.Mine(k) ? sequences.Index(k) : 0;
-    return Kept{shared.inputs[buffer][place], shared.gates[buffer][place]};
+    const float4 x = shared.kept[buffer][place];
+    const float2 first{x.x, x.y}, slope{x.z, x.w};
+    if constexpr (Shared::kWithInput)
+      return Kept{{}, slope, first};
+    else
+      return Kept{first, slope, shared.gates[buffer][place]};
   };
   auto stage_varying = [&](int k, const ProjectionPair& pair, StagedProjections& to) {
     auto stage = [&](const Array& from, uint2 raw, Number* at) {
@@ -371,7 +402,7 @@ __global__ void __launch_bounds__(
   // The block's sums over channels, into its own part of the workspace.
   auto finish_projections = [&](const Rows& rows, int group, int turn) {
     constexpr int kSums = kTile * kGroup;
-#pragma unroll(kStagers ? 1 : kSums)
+#pragma unroll(kStagers && !Shared::kUnrollsSums ? 1 : kSums)
     for (int i0 = 0; i0 < kSums; i0 += Shared::kStaging) {
       const int i = i0 + stager;
       const int offset = p.channel_last ? i / kGroup : i % kTile;
@@ -388,9 +419,12 @@ __global__ void __launch_bounds__(
       for (int warp = 0; warp < kWalkers / kWarp; ++warp) {
         const float* sums_of_warp = shared.channel_sums[turn % Shared::kSetsOfSums][warp][row];
 #pragma unroll
-        for (int k = 0; k < 2 * kParts; ++k)
-          sums[k / kParts][k % kParts] += sums_of_warp[Shared::PlaceOfSum(
-              row, (k / kParts * kGroup + n) * kParts + k % kParts)];
+        for (int k = 0; k < kParts; ++k) {
+          const float2 x = reinterpret_cast<const float2*>(sums_of_warp)[n * kParts + k];
+          // Values 2 * k and 2 * k + 1 of a state: dB and dC, or both parts of either.
+          sums[2 * k / kParts][2 * k % kParts] += x.x;
+          sums[(2 * k + 1) / kParts][(2 * k + 1) % kParts] += x.y;
+        }
       }
       float* to_B = reinterpret_cast<float*>(base + workspace.dB) + to * kParts;
       float* to_C = reinterpret_cast<float*>(base + workspace.dC) + to * kParts;
@@ -406,7 +440,7 @@ __global__ void __launch_bounds__(
   [[maybe_unused]] VectorSum vector_sums[Shared::kVectorSums] = {};
   auto vector_sum = [&](Place k) -> VectorSum& {
     const Place first = kLayout == Layout::kChannelLast ? Place(k.across) : k;
-    if constexpr (Shared::kCrowded)
+    if constexpr (Shared::kKeepsSums)
       return vector_sums[first.Number()];
     else
       return shared.vector_sums[sequences.Index(first)];
@@ -414,11 +448,16 @@ __global__ void __launch_bounds__(
   auto finish = [&](const Rows& rows, Place k, const Staged& from, const Kept& kept,
                     const float* sums) {
     if (!sequences.Mine(k)) return;
-    const float2 D = sequences.OfLines(shared.vectors.D, k);
-    const float2 input{kept.input.x, kept.input.y}, slope{kept.input.z, kept.input.w};
-    const float2 d_gate = kept.gate;
+    const float2 D = of_lines(shared.vectors.D, kept_D, k);
+    const float2 slope = kept.slope, d_gate = kept.d_gate;
     const float2 delta{from.steps[sequences.Cell(k, 0)].x, from.steps[sequences.Cell(k, 1)].x};
-    float2 dy = sequences.Get(from.dy, k);
+    float2 input = kept.input, dy;
+    if constexpr (Shared::kWithInput) {
+      const float4 both = sequences.Get(from.dy, k);
+      dy = {both.x, both.z}, input = {both.y, both.w};
+    } else {
+      dy = sequences.Get(from.dy, k);
+    }
     dy = {dy.x * (1.0f / kParts), dy.y * (1.0f / kParts)};
     const float2 d_input = sequences.Get(sums, k), y = sequences.Get(sums + 2 * Shared::kSums, k);
     float2 d_delta = sequences.Get(sums + Shared::kSums, k);
@@ -484,6 +523,12 @@ __global__ void __launch_bounds__(
   if constexpr (kStagers > 0) {
     if (thread >= kWalkers) {
       int turn = 0;  // of the projections that are staged
+      if constexpr (kKeepsVectors)
+#pragma unroll
+        for (int across = 0; across < Sequences::kAcross; ++across) {
+          kept_bias[across] = sequences.OfLines(shared.vectors.delta_bias, across);
+          kept_D[across] = sequences.OfLines(shared.vectors.D, across);
+        }
       load_segments(rows_of(last_tile - 1));
       auto stage = [&](int tile, int group, int parity) {
         Staged& to = shared.sequences[parity];
@@ -805,9 +850,7 @@ __global__ void __launch_bounds__(
         if (kHalvings == Log2(kAcross) || across >> kHalvings == 0) {
 #pragma unroll
           for (int i = 0; i < kHeld; ++i) {
-            const int value = first + i, n = lane * kStates + value / (2 * kParts);
-            channel_sums[t][Shared::PlaceOfSum(
-                t, (value / kParts % 2 * kGroup + n) * kParts + value % kParts)] = values[i];
+            channel_sums[t][lane * (kStates * 2 * kParts) + first + i] = values[i];
           }
         }
 
@@ -877,7 +920,7 @@ __global__ void __launch_bounds__(
 #pragma unroll
           for (int j = 0; j < kPerLane; ++j) {
             step[j] = staged.steps[row * kStep + channel_of(j)];
-            dy[j] = staged.dy[row * kStep + channel_of(j)];
+            dy[j] = staged.Dy(row * kStep + channel_of(j));
             partial.d_input[j] = partial.d_delta[j] = partial.y[j] = 0.0f;
           }
           Number b[kStates][kPerLane], c[kStates][kPerLane];

@@ -80,7 +80,6 @@ __global__ void __launch_bounds__(kThreads)
   // The walk after this one takes for granted that what came before has ended.
   WaitForBefore();
   LetNextBegin();
-  StageVectors<kThreads, kChannels>(p, block, static_cast<int>(threadIdx.x), shared.vectors);
   const Array& from_B = kBackward ? o.C : o.B;
   const bool varies = kVary || (kBackward ? p.C_varies : p.B_varies);
   const int groups = plan.state_groups;
@@ -102,7 +101,10 @@ __global__ void __launch_bounds__(kThreads)
       rate[i] =
           Rate(LoadWeight<Number>(o.A, p, block, channel, group * kGroup + lane * kStates + i));
   };
-  if (walker >= 0) load_group(0);
+  if (walker >= 0) {
+    StageVectors<kWalkers, kChannels>(p, block, walker, shared.vectors);
+    load_group(0);
+  }
   bool forgets = kForgets;
   if constexpr (kForgets) {
     bool grows = false;

@@ -410,6 +410,11 @@ class Tile {
     if (PairsAreSteps()) return {cells[Cell(k, 0)], cells[Cell(k, 1)]};
     return *reinterpret_cast<const float2*>(cells + Cell(k, 0));
   }
+  __device__ float4 Get(const float2* cells, Place k) const {
+    if (!PairsAreSteps()) return *reinterpret_cast<const float4*>(cells + WideCell(k, 0));
+    const float2 x = cells[WideCell(k, 0)], y = cells[WideCell(k, 1)];
+    return {x.x, x.y, y.x, y.y};
+  }
   // The same where rows are of that length.
   template <int kRowLength>
   __device__ float2 GetFromRows(const float* cells, Place k) const {
