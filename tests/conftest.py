@@ -136,17 +136,23 @@ def virtual_devices() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def compile_native(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Compiles programs of tests/native with the sources beside them, paths from the top of the project."""
+def cxx() -> str:
+    """A C++ compiler."""
     compiler = next(filter(None, map(shutil.which, [os.environ.get("CXX", ""), "c++", "g++", "clang++"])), None)
+    if compiler is None:
+        pytest.skip("needs a C++ compiler")
+    return compiler
+
+
+@pytest.fixture(scope="session")
+def compile_native(tmp_path_factory: pytest.TempPathFactory, cxx: str) -> Callable[..., Path]:
+    """Compiles programs of tests/native with the sources beside them, paths from the top of the project."""
     top = Path(__file__).parent.parent
 
     def compile_sources(*sources: str, flags: Sequence[str] = ()) -> Path:
-        if compiler is None:
-            pytest.skip("needs a C++ compiler")
         program = tmp_path_factory.mktemp("native") / "program"
         includes = f"-I{top / 'csrc'}", f"-I{jax.ffi.include_dir()}"
-        command = [compiler, "-std=c++17", "-O2", *includes, *flags, *(top / x for x in sources), "-o", program]
+        command = [cxx, "-std=c++17", "-O2", *includes, *flags, *(top / x for x in sources), "-o", program]
         subprocess.run(command, check=True)
         return program
 

@@ -91,7 +91,7 @@ __device__ inline void AddUp(const Sums& sums, int64_t block, float (&parts)[kSu
 
 __global__ void __launch_bounds__(kSumThreads) SumKernel(const __grid_constant__ AllSums all) {
   WaitForBefore();
-  __shared__ float parts[kSumThreads][4];
+  static __shared__ float parts[kSumThreads][4];
   int array = 0;
   while (blockIdx.x >= all.of[array].end) ++array;
   const Sums& sums = all.of[array];

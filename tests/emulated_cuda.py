@@ -1,0 +1,96 @@
+"""Runs cases on the CUDA kernels without a GPU: `python emulated_cuda.py LIBRARY [EVERY]`, see test_emulated_cuda.py.
+
+In a process of its own, where the library, tests/native/emulator with the kernels, takes the place of the native CPU
+kernel. EVERY: one case in so many.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+from cases import BF16, CASES, F16, F32, MAMBA, Case
+from checks import check_case
+from test_cuda import BLOCKS
+
+from jax_sscan.backends import native
+
+
+class EmulatedModule:
+    """What `jax_sscan._cpu` offers, with other kernels."""
+
+    def __init__(self, library: str) -> None:
+        self.library = ctypes.CDLL(library)
+
+    def handlers(self) -> dict[str, Any]:
+        calls = {"forward": self.library.EmulatedForward, "backward": self.library.EmulatedBackward}
+        return {name: jax.ffi.pycapsule(call) for name, call in calls.items()}
+
+    def workspace_bytes(self, *sizes: int, is_double: bool, has_states: bool, **flags: Any) -> tuple[int, int]:
+        assert not is_double
+        names = ("chunk", "instances", "channel_last", "B_varies", "C_varies", "has_segments", "is_complex")
+        numbers = [ctypes.c_int64(size) for size in sizes]
+        numbers += [ctypes.c_int64(int(flags[name])) for name in names[:2]]
+        bools = [ctypes.c_bool(bool(flags[name])) for name in names[2:]]
+        result = np.zeros(2, np.int64)
+        self.library.EmulatedWorkspaceBytes(*numbers, *bools, result.ctypes.data_as(ctypes.c_void_p))
+        return int(result[0]), int(result[1])
+
+
+def kernels() -> list[Case]:
+    """Sizes, dtypes and layouts that take every kernel, beside the table."""
+    cases = [
+        Case(
+            f"{name} {layout}{' segments' * segments}", batch=batch, dim=dim, length=length, dstate=16, layout=layout,
+            segments=segments, initial_state=True, **MAMBA,
+        )
+        for batch, dim, length, segments, name in [(*p.values[:4], p.id) for p in BLOCKS]
+        for layout in ("bdl", "bld")
+        if batch * dim * length < 300_000  # seconds, not minutes
+    ]  # fmt: skip
+    for layout in ("bdl", "bld"):
+        for dtypes in ((F32, F32), (BF16, BF16), (F16, F16), (BF16, F32)):
+            for length, dim, dstate in ((50, 198, 16), (51, 197, 16), (56, 200, 40), (300, 24, 16), (33, 130, 5)):
+                for segments in (False, True):
+                    cases.append(
+                        Case(
+                            f"{dtypes} {length} x {dim} x {dstate} {layout}{' segments' * segments}", batch=2, dim=dim,
+                            length=length, dstate=dstate, layout=layout, segments=segments, reverse=segments,
+                            u_dtype=dtypes[0], z_dtype=dtypes[0], delta_dtype=dtypes[1], B_dtype=dtypes[1],
+                            C_dtype=dtypes[1], initial_state=True, **MAMBA,
+                        )
+                    )  # fmt: skip
+    # Two channels to a lane, in either pass, and blocks of 80, of 16 bits.
+    for batch, dim, length in ((70, 188, 20), (16, 1020, 20), (16, 252, 36)):
+        for layout in ("bdl", "bld"):
+            cases.append(
+                Case(
+                    f"bfloat16 {batch} x {dim} x {length} {layout}", batch=batch, dim=dim, length=length, dstate=16,
+                    layout=layout, u_dtype=BF16, z_dtype=BF16, delta_dtype=BF16, B_dtype=BF16, C_dtype=BF16, **MAMBA,
+                )
+            )  # fmt: skip
+    return cases
+
+
+def main(library: str, every: int = 1) -> None:
+    emulated = EmulatedModule(library)
+    native._load.cache_clear()
+    native._load = lambda platform: emulated if platform == "cpu" else "emulated"  # pyright: ignore
+    for name, handler in emulated.handlers().items():
+        jax.ffi.register_ffi_target(f"jax_sscan_{name}", handler, platform="cpu")
+    failed, cases = [], [case for case in [*CASES, *kernels()] if not case.x64][::every]
+    for case in cases:
+        try:
+            check_case(case, "cpu")
+        except AssertionError as error:
+            failed.append(f"{case}: {error}")
+    print(*failed, sep="\n")
+    print(f"{len(cases) - len(failed)} of {len(cases)} cases pass")
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], *map(int, sys.argv[2:]))
