@@ -1,6 +1,6 @@
-"""The CUDA kernels, built as C++ and run on a CPU: their arithmetic, indices, barriers and alignment.
+"""The CUDA kernels, built as C++ and run on a CPU: their arithmetic, indices, barriers, copies and alignment.
 
-Not their speed, and not their races (tests/native/sanitize_cuda.cu): see tests/native/emulator/cuda/vendor.h.
+Not their speed, and not every race (tests/native/sanitize_cuda.cu): see tests/native/emulator/cuda/vendor.h.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <vector>
 
 // Leaves the calling thread, whose stack pointer is to be kept in `from`, and goes on with the one
@@ -46,7 +47,14 @@ struct Place : Gate {
 struct Warp : Gate {
   float given[2][kWarp];
 };
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes, all, sent;
+};
 struct Thread {
+  std::vector<Copy> copies;
+  int sent = 0;  // how often
   void* stack_pointer = nullptr;
   const Gate* waits_at = nullptr;
   unsigned until_after = 0;
@@ -81,6 +89,19 @@ void RunThread() {
   SwitchStacks(&self.stack_pointer, scheduler);
 }
 
+// Lets a warp's threads go on that can. Whether there are any.
+bool RunWarp(int warp, int& left) {
+  bool moved = false;
+  for (int i = warp * kWarp; i < (warp + 1) * kWarp; ++i) {
+    if (!threads[i].CanGoOn()) continue;
+    moved = true;
+    threadIdx.x = static_cast<unsigned>(i);
+    SwitchStacks(&scheduler, threads[i].stack_pointer);
+    left -= threads[i].ended;
+  }
+  return moved;
+}
+
 }  // namespace
 
 void Fail(const char* what) {
@@ -104,9 +125,29 @@ const float* Exchange(float x) {
   return given;
 }
 
+void CopyLater(void* to, const void* from, int bytes, int all) {
+  Thread& self = threads[threadIdx.x];
+  self.copies.push_back({to, from, bytes, all, self.sent});
+}
+
+void SendCopies() { ++threads[threadIdx.x].sent; }
+
+void WaitForCopies(int sent_later) {
+  Thread& self = threads[threadIdx.x];
+  auto& copies = self.copies;
+  auto copy = copies.begin();
+  for (; copy != copies.end() && copy->sent < self.sent - sent_later; ++copy) {
+    if (copy->bytes) std::memcpy(copy->to, copy->from, copy->bytes);
+    std::memset(static_cast<char*>(copy->to) + copy->bytes, 0, copy->all - copy->bytes);
+  }
+  copies.erase(copies.begin(), copy);
+}
+
 void Run(int64_t blocks, int count, const std::function<void()>& kernel) {
   if (count > kMostThreads || count % kWarp) Fail("no such block can be launched");
   static std::vector<char> stacks(kMostThreads * kStack);
+  static uint32_t runs = 0;
+  ++runs;
   running = &kernel;
   gridDim.x = static_cast<unsigned>(blocks), blockDim.x = static_cast<unsigned>(count);
   for (int64_t block = 0; block < blocks; ++block) {
@@ -122,17 +163,14 @@ void Run(int64_t blocks, int count, const std::function<void()>& kernel) {
       top[6] = reinterpret_cast<void*>(&RunThread);
       threads[i].stack_pointer = top;
     }
+    // Of the warps that can go on always the first, or always the last.
+    const bool last_first = ((runs * 2654435761u >> 31) + block) % 2;
     int left = count;
     while (left) {
-      bool moved = false;
-      for (int i = 0; i < count; ++i) {
-        if (!threads[i].CanGoOn()) continue;
-        moved = true;
-        threadIdx.x = static_cast<unsigned>(i);
-        SwitchStacks(&scheduler, threads[i].stack_pointer);
-        left -= threads[i].ended;
-      }
-      if (!moved) Fail("all threads wait for each other");
+      int warp = 0;
+      while (warp < count / kWarp && !RunWarp(last_first ? count / kWarp - 1 - warp : warp, left))
+        ++warp;
+      if (warp == count / kWarp) Fail("all threads wait for each other");
     }
     for (const Place& place : places)
       if (place.arrived) Fail("a thread ended that others had come to meet");

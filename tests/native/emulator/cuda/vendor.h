@@ -1,10 +1,10 @@
 // Stands in for csrc/cuda/vendor.h where there is no GPU: the same functions, on the threads of
 // block.h. With it before csrc on the include path the kernels build as C++.
 //
-// What it keeps: who meets whom and how many, shuffles, alignment (a wider access than a pointer's
-// aborts), the bits of every rounding but those of exponentials and reciprocals. What it does not:
-// copies are there at once, all of a block see what others wrote at once, and blocks run one after
-// the other. So a missing barrier may go unseen; racecheck sees it, on a GPU.
+// What it keeps: who meets whom and how many, shuffles, copies that have to be waited for,
+// alignment (a wider access than a pointer's aborts), the bits of every rounding but those of
+// exponentials and reciprocals. What it does not: all of a block see at once what others wrote, and
+// blocks run one after the other. So a missing barrier may go unseen; racecheck sees it, on a GPU.
 #pragma once
 
 #include <immintrin.h>
@@ -131,11 +131,8 @@ inline bool MeetAny(bool x) {
 template <int kBytes>
 inline void CopyAsync(void* to, const void* from, int bytes) {
   RequireAligned(to, kBytes);
-  if (bytes) {
-    RequireAligned(from, kBytes);
-    std::memcpy(to, from, bytes);
-  }
-  std::memset(static_cast<char*>(to) + bytes, 0, kBytes - bytes);
+  if (bytes) RequireAligned(from, kBytes);
+  emulator::CopyLater(to, from, bytes, kBytes);
 }
 inline void CopyPairAsync(void* to, const void* from, bool words, bool exists) {
   if (words)
@@ -143,9 +140,11 @@ inline void CopyPairAsync(void* to, const void* from, bool words, bool exists) {
   else
     CopyAsync<4>(to, from, exists ? 4 : 0);
 }
-inline void SendCopies() {}
+inline void SendCopies() { emulator::SendCopies(); }
 template <int kSentLater = 0>
-inline void WaitForCopies() {}
+inline void WaitForCopies() {
+  emulator::WaitForCopies(kSentLater);
+}
 
 inline void LetNextBegin() {}
 inline void WaitForBefore() {}
