@@ -4,7 +4,8 @@
 // What it keeps: who meets whom and how many, shuffles, copies that have to be waited for,
 // alignment (a wider access than a pointer's aborts), the bits of every rounding but those of
 // exponentials and reciprocals. What it does not: all of a block see at once what others wrote, and
-// blocks run one after the other. So a missing barrier may go unseen; racecheck sees it, on a GPU.
+// blocks run one after the other. A missing barrier shows if one warp far ahead of the others makes
+// a difference; racecheck, on a GPU, sees the rest.
 #pragma once
 
 #include <immintrin.h>
