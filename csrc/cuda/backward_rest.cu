@@ -1,7 +1,7 @@
 // Backward with segments, of mixed dtypes and odd sizes, of more than 16 states, on GPUs with
-// little shared memory, and of everything else; and the regular kernel of float32 that spills, where
-// time is last, 24 to 52 bytes: its blocks of 128 channels leave stagers neither registers nor
-// shared memory to spare.
+// little shared memory, and of everything else; and the regular kernel of float32 that spills,
+// where time is last, 24 to 52 bytes: its blocks of 128 channels leave stagers neither registers
+// nor shared memory to spare.
 #include "cuda/backward.cuh"
 
 namespace jax_sscan::gpu {
