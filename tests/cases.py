@@ -135,7 +135,8 @@ def make_inputs(case: Case, seed: int = 0) -> dict[str, np.ndarray[Any, Any]]:
     return inputs
 
 
-def _all(name: str) -> dict[str, str]:
+def all_of(name: str) -> dict[str, str]:
+    """Every tensor of that dtype."""
     return {f"{tensor}_dtype": name for tensor in ("u", "delta", "z", "B", "C")}
 
 
@@ -243,18 +244,18 @@ def _table() -> list[Case]:
             B="3d-interleaved",
             C="3d-interleaved",
             length=33,
-            **_all(BF16),
+            **all_of(BF16),
             **EVERYTHING,
         ),
         # Narrow and mixed dtypes.
-        Case("bf16", **_all(BF16), **EVERYTHING, length=129),
-        Case("bf16-bld", **_all(BF16), **MAMBA, length=129, dstate=16, dim=24, layout="bld"),
-        Case("f16", **_all(F16), **EVERYTHING, length=33),
-        Case("f16-reverse-bld", **_all(F16), **EVERYTHING, layout="bld", reverse=True),
-        Case("bf16-out-f32", **_all(BF16), **EVERYTHING, out_dtype=F32),
+        Case("bf16", **all_of(BF16), **EVERYTHING, length=129),
+        Case("bf16-bld", **all_of(BF16), **MAMBA, length=129, dstate=16, dim=24, layout="bld"),
+        Case("f16", **all_of(F16), **EVERYTHING, length=33),
+        Case("f16-reverse-bld", **all_of(F16), **EVERYTHING, layout="bld", reverse=True),
+        Case("bf16-out-f32", **all_of(BF16), **EVERYTHING, out_dtype=F32),
         Case("f32-out-bf16", **EVERYTHING, out_dtype=BF16, layout="bld"),
         Case("bf16-f32-projections", u_dtype=BF16, delta_dtype=BF16, z_dtype=BF16, **MAMBA),
-        Case("bf16-f32-delta", **{**_all(BF16), "delta_dtype": F32}, **EVERYTHING),
+        Case("bf16-f32-delta", **{**all_of(BF16), "delta_dtype": F32}, **EVERYTHING),
         Case(
             "bf16-mixed",
             u_dtype=BF16,
@@ -264,8 +265,8 @@ def _table() -> list[Case]:
             **EVERYTHING,
             layout="bld",
         ),
-        Case("bf16-fixed", **_all(BF16), B="fixed", C="fixed", **EVERYTHING),
-        Case("f16-dstate-17-groups", **_all(F16), B="4d", C="4d", groups=3, dstate=17, **MAMBA),
+        Case("bf16-fixed", **all_of(BF16), B="fixed", C="fixed", **EVERYTHING),
+        Case("f16-dstate-17-groups", **all_of(F16), B="4d", C="4d", groups=3, dstate=17, **MAMBA),
     ]
     double = [
         Case("f64", **MAMBA, length=129, dstate=16),
@@ -275,7 +276,7 @@ def _table() -> list[Case]:
         Case("f64-interleaved", is_complex=True, B="3d-interleaved", C="3d-interleaved", **MAMBA),
         Case("f64-groups", B="4d", C="4d", groups=3, length=129, **EVERYTHING),
     ]
-    return cases + [replace(case, x64=True, **_all(F64)) for case in double]
+    return cases + [replace(case, x64=True, **all_of(F64)) for case in double]
 
 
 CASES = _table()

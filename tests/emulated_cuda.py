@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from types import ModuleType
 from typing import Any
 
 import jax
 import numpy as np
-from cases import BF16, CASES, F16, F32, MAMBA, Case
+from cases import BF16, CASES, F16, F32, MAMBA, Case, all_of
 from checks import check_case
 from test_cuda import BLOCKS
 
-from jax_sscan.backends import native
 
-
-class EmulatedModule:
+class EmulatedModule(ModuleType):
     """What `jax_sscan._cpu` offers, with other kernels."""
 
-    def __init__(self, library: str) -> None:
+    def __init__(self, name: str, library: str) -> None:
+        super().__init__(name)
         self.library = ctypes.CDLL(library)
 
     def handlers(self) -> dict[str, Any]:
@@ -59,8 +59,8 @@ def kernels() -> list[Case]:
                         Case(
                             f"{dtypes} {length} x {dim} x {dstate} {layout}{' segments' * segments}", batch=2, dim=dim,
                             length=length, dstate=dstate, layout=layout, segments=segments, reverse=segments,
-                            u_dtype=dtypes[0], z_dtype=dtypes[0], delta_dtype=dtypes[1], B_dtype=dtypes[1],
-                            C_dtype=dtypes[1], initial_state=True, **MAMBA,
+                            initial_state=True, **MAMBA,
+                            **{**all_of(dtypes[1]), "u_dtype": dtypes[0], "z_dtype": dtypes[0]},
                         )
                     )  # fmt: skip
     # Two channels to a lane, in either pass, and blocks of 80, of 16 bits.
@@ -69,18 +69,14 @@ def kernels() -> list[Case]:
             cases.append(
                 Case(
                     f"bfloat16 {batch} x {dim} x {length} {layout}", batch=batch, dim=dim, length=length, dstate=16,
-                    layout=layout, u_dtype=BF16, z_dtype=BF16, delta_dtype=BF16, B_dtype=BF16, C_dtype=BF16, **MAMBA,
+                    layout=layout, **all_of(BF16), **MAMBA,
                 )
             )  # fmt: skip
     return cases
 
 
 def main(library: str, every: int = 1) -> None:
-    emulated = EmulatedModule(library)
-    native._load.cache_clear()
-    native._load = lambda platform: emulated if platform == "cpu" else "emulated"  # pyright: ignore
-    for name, handler in emulated.handlers().items():
-        jax.ffi.register_ffi_target(f"jax_sscan_{name}", handler, platform="cpu")
+    sys.modules["jax_sscan._cpu"] = EmulatedModule("jax_sscan._cpu", library)
     failed, cases = [], [case for case in [*CASES, *kernels()] if not case.x64][::every]
     for case in cases:
         try:

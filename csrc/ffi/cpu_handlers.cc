@@ -59,11 +59,9 @@ std::function<void(bool)> Complete(ffi::Promise promise) {
   };
 }
 
-ffi::Future ForwardImpl(ffi::ThreadPool pool, bool delta_softplus, bool reverse, bool channel_last,
-                        int64_t chunk, int64_t groups, int64_t instances, ffi::RemainingArgs args,
+ffi::Future ForwardImpl(ffi::ThreadPool pool, const Attributes& attributes, ffi::RemainingArgs args,
                         ffi::RemainingRets rets) try {
-  auto parsed =
-      ParseForward({delta_softplus, reverse, channel_last, chunk, groups, instances}, args, rets);
+  auto parsed = ParseForward(attributes, args, rets);
   if (parsed.has_error()) return Failed(parsed.error());
   PreferLargePages(rets);
   Forward p = parsed.value();
@@ -80,11 +78,9 @@ ffi::Future ForwardImpl(ffi::ThreadPool pool, bool delta_softplus, bool reverse,
   return Failed(OutOfMemory());
 }
 
-ffi::Future BackwardImpl(ffi::ThreadPool pool, bool delta_softplus, bool reverse, bool channel_last,
-                         int64_t chunk, int64_t groups, int64_t instances, ffi::RemainingArgs args,
-                         ffi::RemainingRets rets) try {
-  auto parsed =
-      ParseBackward({delta_softplus, reverse, channel_last, chunk, groups, instances}, args, rets);
+ffi::Future BackwardImpl(ffi::ThreadPool pool, const Attributes& attributes,
+                         ffi::RemainingArgs args, ffi::RemainingRets rets) try {
+  auto parsed = ParseBackward(attributes, args, rets);
   if (parsed.has_error()) return Failed(parsed.error());
   PreferLargePages(rets);
   Backward p = parsed.value();
@@ -107,12 +103,7 @@ ffi::Future BackwardImpl(ffi::ThreadPool pool, bool delta_softplus, bool reverse
 auto Binding() {
   return ffi::Ffi::Bind()
       .Ctx<ffi::ThreadPool>()
-      .Attr<bool>("delta_softplus")
-      .Attr<bool>("reverse")
-      .Attr<bool>("channel_last")
-      .Attr<int64_t>("chunk")
-      .Attr<int64_t>("groups")
-      .Attr<int64_t>("instances")
+      .Attrs<Attributes>()
       .RemainingArgs()
       .RemainingRets();
 }

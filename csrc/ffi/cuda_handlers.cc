@@ -39,11 +39,9 @@ ffi::Error Launched(gpu::Error error) {
                               "served: use implementation=\"xla\"");
 }
 
-ffi::Error ForwardImpl(gpu::Stream stream, bool delta_softplus, bool reverse, bool channel_last,
-                       int64_t chunk, int64_t groups, int64_t instances, ffi::RemainingArgs args,
+ffi::Error ForwardImpl(gpu::Stream stream, const Attributes& attributes, ffi::RemainingArgs args,
                        ffi::RemainingRets rets) {
-  auto parsed =
-      ParseForward({delta_softplus, reverse, channel_last, chunk, groups, instances}, args, rets);
+  auto parsed = ParseForward(attributes, args, rets);
   if (parsed.has_error()) return parsed.error();
   const Forward& p = parsed.value();
   if (auto error = CheckProblem("forward", p, CudaForwardWorkspaceBytes(p)); error.failure())
@@ -51,11 +49,9 @@ ffi::Error ForwardImpl(gpu::Stream stream, bool delta_softplus, bool reverse, bo
   return Launched(gpu::LaunchForward(p, stream));
 }
 
-ffi::Error BackwardImpl(gpu::Stream stream, bool delta_softplus, bool reverse, bool channel_last,
-                        int64_t chunk, int64_t groups, int64_t instances, ffi::RemainingArgs args,
+ffi::Error BackwardImpl(gpu::Stream stream, const Attributes& attributes, ffi::RemainingArgs args,
                         ffi::RemainingRets rets) {
-  auto parsed =
-      ParseBackward({delta_softplus, reverse, channel_last, chunk, groups, instances}, args, rets);
+  auto parsed = ParseBackward(attributes, args, rets);
   if (parsed.has_error()) return parsed.error();
   const Backward& p = parsed.value();
   if (auto error = CheckProblem("backward", p, CudaBackwardWorkspaceBytes(p)); error.failure())
@@ -66,12 +62,7 @@ ffi::Error BackwardImpl(gpu::Stream stream, bool delta_softplus, bool reverse, b
 auto Binding() {
   return ffi::Ffi::Bind()
       .Ctx<ffi::PlatformStream<gpu::Stream>>()
-      .Attr<bool>("delta_softplus")
-      .Attr<bool>("reverse")
-      .Attr<bool>("channel_last")
-      .Attr<int64_t>("chunk")
-      .Attr<int64_t>("groups")
-      .Attr<int64_t>("instances")
+      .Attrs<Attributes>()
       .RemainingArgs()
       .RemainingRets();
 }

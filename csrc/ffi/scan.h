@@ -96,3 +96,10 @@ ffi::ErrorOr<Backward> ParseBackward(const Attributes& attributes, ffi::Remainin
                                      ffi::RemainingRets rets);
 
 }  // namespace jax_sscan
+
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_sscan::Attributes, StructMember<bool>("delta_softplus"),
+                                      StructMember<bool>("reverse"),
+                                      StructMember<bool>("channel_last"),
+                                      StructMember<int64_t>("chunk"),
+                                      StructMember<int64_t>("groups"),
+                                      StructMember<int64_t>("instances"));

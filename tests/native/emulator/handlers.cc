@@ -8,49 +8,26 @@ namespace {
 
 std::mutex one_at_a_time;  // as the emulator can
 
-template <typename Pass>
-ffi::Error Launch(ffi::ErrorOr<Pass> parsed, int64_t workspace_bytes(const Problem&),
-                  gpu::Error launch(const Pass&, gpu::Stream)) {
+template <auto kParse, auto kWorkspaceBytes, auto kLaunch>
+ffi::Error Run(const Attributes& attributes, ffi::RemainingArgs args, ffi::RemainingRets rets) {
+  const auto parsed = kParse(attributes, args, rets);
   if (parsed.has_error()) return parsed.error();
-  if (workspace_bytes(parsed.value()) > parsed.value().workspace_bytes)
+  if (kWorkspaceBytes(parsed.value()) > parsed.value().workspace_bytes)
     return ffi::Error::Internal("the workspace is too small");
   const std::lock_guard lock(one_at_a_time);
-  launch(parsed.value(), nullptr);
+  kLaunch(parsed.value(), nullptr);
   return ffi::Error::Success();
 }
 
-ffi::Error ForwardImpl(bool delta_softplus, bool reverse, bool channel_last, int64_t chunk,
-                       int64_t groups, int64_t instances, ffi::RemainingArgs args,
-                       ffi::RemainingRets rets) {
-  return Launch(
-      ParseForward({delta_softplus, reverse, channel_last, chunk, groups, instances}, args, rets),
-      gpu::ForwardWorkspace::Enough, gpu::LaunchForward);
-}
+constexpr auto kForward = Run<ParseForward, gpu::ForwardWorkspace::Enough, gpu::LaunchForward>;
+constexpr auto kBackward = Run<ParseBackward, gpu::BackwardWorkspace::Enough, gpu::LaunchBackward>;
 
-ffi::Error BackwardImpl(bool delta_softplus, bool reverse, bool channel_last, int64_t chunk,
-                        int64_t groups, int64_t instances, ffi::RemainingArgs args,
-                        ffi::RemainingRets rets) {
-  return Launch(
-      ParseBackward({delta_softplus, reverse, channel_last, chunk, groups, instances}, args, rets),
-      gpu::BackwardWorkspace::Enough, gpu::LaunchBackward);
-}
-
-auto Binding() {
-  return ffi::Ffi::Bind()
-      .Attr<bool>("delta_softplus")
-      .Attr<bool>("reverse")
-      .Attr<bool>("channel_last")
-      .Attr<int64_t>("chunk")
-      .Attr<int64_t>("groups")
-      .Attr<int64_t>("instances")
-      .RemainingArgs()
-      .RemainingRets();
-}
+auto Binding() { return ffi::Ffi::Bind().Attrs<Attributes>().RemainingArgs().RemainingRets(); }
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(EmulatedForward, ForwardImpl, Binding());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(EmulatedBackward, BackwardImpl, Binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(EmulatedForward, kForward, Binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(EmulatedBackward, kBackward, Binding());
 
 extern "C" void EmulatedWorkspaceBytes(int64_t batch, int64_t dim, int64_t length, int64_t dstate,
                                        int64_t groups, int64_t chunk, int64_t instances,
