@@ -347,8 +347,8 @@ __global__ void __launch_bounds__(
       kept_of_staged[k.Number()] = kept;
     } else if (sequences.Mine(k)) {
       const int place = sequences.Index(k);
-      const float2 slope = kept.slope, first = Shared::kWithInput ? kept.d_gate : kept.input;
-      shared.kept[buffer][place] = {first.x, first.y, slope.x, slope.y};
+      const float2& first = Shared::kWithInput ? kept.d_gate : kept.input;
+      shared.kept[buffer][place] = float4{first.x, first.y, kept.slope.x, kept.slope.y};
       if constexpr (!Shared::kWithInput) shared.gates[buffer][place] = kept.d_gate;
     }
   };
