@@ -91,16 +91,18 @@ struct ForwardShared {
   static constexpr int kRows = kVary || kTile > kChannels ? kTile : kChannels;
   // out = y * x + y for the two elements of a stager's pair, which has registers for few of them.
   static constexpr bool kKeepsGates = kOneGroup && Sequences::kCount <= 2;
-  // y, which walkers of a team that is alone leave in so many parts: they would wait for what they
-  // exchange between lanes. A row has one part of all channels after another, so far apart
-  // that what a warp stores at once lies on different banks.
-  static constexpr int kPartsOfY = kAlone ? 4 : 1;
-  static constexpr int kPart = kAlone ? kChannels + (kChannels % 16 ? 0 : 8) : kStep;
+  // y, which walkers leave in so many parts where there is room, for stagers to add up: they wait
+  // for what they exchange between lanes, most of all in a team that is alone. A row has one part
+  // of all channels after another, so far apart that what a warp stores at once lies on different
+  // banks.
+  static constexpr bool kRoomForParts = kOneGroup && kPerLane == 2 && Sequences::kUnit == 2;
+  static constexpr int kPartsOfY = kAlone ? 4 : kRoomForParts ? 2 : 1;
+  static constexpr int kPart = kPartsOfY > 1 ? kChannels + (kChannels % 16 ? 0 : 8) : kStep;
   static constexpr int kRowOfY =
-      kAlone ? kPartsOfY * kPart + (kLayout == Layout::kTimeLast ? 2 : 4) : kStep;
+      kPartsOfY > 1 ? kPartsOfY * kPart + (kLayout == Layout::kTimeLast ? 2 : 4) : kStep;
   struct Staged {
     alignas(16) float2 steps[Sequences::kCells];  // delta, delta * u
-    alignas(16) float y[kAlone ? kTile * kRowOfY : Sequences::kCells];
+    alignas(16) float y[kPartsOfY > 1 ? kTile * kRowOfY : Sequences::kCells];
     alignas(16) float4 gates[kKeepsGates ? 1 : Sequences::kCount * kStagers];
     uint32_t restarts;
   };
@@ -292,8 +294,12 @@ __device__ __forceinline__ void Walk(const Forward& p, const Plan& plan,
           float* to = staged.y + (first + first_row + k) * Shared::kRowOfY +
                       lane / kSummed * Shared::kPart + channel;
           if constexpr (kPerLane == 2) {
-            const float2 before = group ? *reinterpret_cast<const float2*>(to) : float2{};
-            *reinterpret_cast<float2*>(to) = {sum[0][k] + before.x, sum[1][k] + before.y};
+            float2 all{sum[0][k], sum[1][k]};
+            if (group) {
+              const float2 before = *reinterpret_cast<const float2*>(to);
+              all = {all.x + before.x, all.y + before.y};
+            }
+            *reinterpret_cast<float2*>(to) = all;
           } else {
             *to = group ? *to + sum[0][k] : sum[0][k];
           }
@@ -522,7 +528,7 @@ __global__ void __launch_bounds__(Shared::kMostThreads, Shared::kBlocks)
     constexpr bool kKeepsGates = Shared::kKeepsGates;
     Turn to_stage{}, to_take{};
     if (!Shared::kAlone && stager < kWarp) load_segments(0);
-    int64_t finished = sequences.At(rows_of(0));
+    Array out = sequences.From(p.out, sequences.At(rows_of(0)));  // from the next tile on
     // Unless there is a sender.
     [[maybe_unused]] auto send_turn = sends(lines, sequences, projections, stager);
     auto send = [&](int i, int odd) {
@@ -606,12 +612,14 @@ __global__ void __launch_bounds__(Shared::kMostThreads, Shared::kBlocks)
       if constexpr (Shared::kPartsOfY == 1) {
         return sequences.Get(from.y, k);
       } else {
-        static_assert(Shared::kPartsOfY == 4);
         auto part = [&](int i) {
           return sequences.template GetFromRows<Shared::kRowOfY>(from.y + i * Shared::kPart, k);
         };
-        const float2 a = part(0), b = part(1), c = part(2), d = part(3);
-        return {(a.x + b.x) + (c.x + d.x), (a.y + b.y) + (c.y + d.y)};
+        auto sum = [](float2 a, float2 b) -> float2 { return {a.x + b.x, a.y + b.y}; };
+        if constexpr (Shared::kPartsOfY == 2)
+          return sum(part(0), part(1));
+        else
+          return sum(sum(part(0), part(1)), sum(part(2), part(3)));
       }
     };
     auto finish = [&](int tile, int buffer) {
@@ -622,10 +630,9 @@ __global__ void __launch_bounds__(Shared::kMostThreads, Shared::kBlocks)
         if (!sequences.Mine(k)) continue;
         const float2 y = y_of(from, k);
         const float4 gate = kKeepsGates ? gates[buffer][k] : from.gates[sequences.Index(k)];
-        sequences.Store(p.out, finished, rows, k, fmaf(y.x, gate.x, gate.y),
-                        fmaf(y.y, gate.z, gate.w));
+        sequences.Store(out, 0, rows, k, fmaf(y.x, gate.x, gate.y), fmaf(y.y, gate.z, gate.w));
       }
-      finished += sequences.Stride();
+      out = sequences.From(out, sequences.Stride());
     };
     // Walkers take the i-th kTiles turns. The code knows which buffers are meant.
     auto take_turns = [&](int i, int odd) {
@@ -691,7 +698,8 @@ Error Launch(const Forward& p, const Plan& plan, const ForwardWorkspace& workspa
   constexpr int kShared = sizeof(Shared);
   constexpr int kWaiting = kStates * kPerLane * kWalkers * sizeof(Number);
   constexpr int kMost = kElements == Elements::kGeneral ? kMostStates : kMostPlainStates;
-  static_assert(kShared + kMost / (kStates * kLanes) * kWaiting <= kSharedBytes);
+  static_assert(Shared::kOneGroup ||
+                kShared + kMost / (kStates * kLanes) * kWaiting <= kSharedBytes);
   static_assert(Shared::kMostTeams * kShared <= kSharedBytes);
   // Those that share a multiprocessor, if all find room at once, are the teams of a block.
   // Otherwise they come one by one, wherever there is room next.

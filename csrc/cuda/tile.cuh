@@ -291,6 +291,11 @@ class Tile {
     return start_ + rows.t0 * step_ + first_line * stride_;
   }
   __device__ int64_t Stride() const { return reversed_ ? -kTile * step_ : kTile * step_; }
+  // An array that begins so much further on.
+  __device__ static Array From(const Array& array, int64_t at) {
+    const int size = kRegular ? 1 : IsWord(array) ? 4 : 2;
+    return {static_cast<char*>(array.data) + at * size, array.dtype};
+  }
 
   // Loads into slots of shared memory, (kCount, kThreads), of which a thread reads its own back by
   // Take, after WaitForCopies. It spares the registers, and the compiler's guesses of when what is
@@ -479,46 +484,56 @@ class QuadCopies {
     static_assert(sizeof...(arrays) == kArrays);
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
-      const int i = k * kThreads + thread, near = NearOf(i), far = i % kOfArray / kNear;
-      const int offset = Tile::kChannelLast ? far : near, line = Tile::kChannelLast ? near : far;
+      const int i = k * kThreads + thread, line = LineOf(i);
       const char* data = nullptr;
       int array = 0;
       ((data = array++ == i / kOfArray ? static_cast<const char*>(arrays.data) : data), ...);
-      const int64_t at = lines.start + (t0 + offset) * lines.step + line * lines.stride;
+      const int64_t at = lines.start + (t0 + OffsetOf(i)) * lines.step + line * lines.stride;
       from_[k] = data + at * Tile::kUnit;
-      offset_[k] = data && line < lines.count ? offset : kTile;
+      exist_ |= data && i < kAll && line < lines.count ? 1u << k : 0;
     }
   }
   // The next tile, of so many steps. The one after it is a stride further, as Tile says. in_quads:
-  // whether 16 bytes may be copied at once, see InQuads; else it is a pair.
+  // whether 16 bytes may be copied at once, see InQuads; else, and in the last tile, it is a pair.
   __device__ void Send(typename Tile::Slot* slots, int steps, int64_t stride, bool in_quads) {
+    typename Tile::Slot* const to = slots + thread_ * kPairs;
+    if (in_quads && steps == kTile) {
 #pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-      const int i = k * kThreads + thread_;
-      if (kAll % kThreads == 0 || k + 1 < kCount || i < kAll) {
-        typename Tile::Slot* const to = slots + i * kPairs;
-        if (in_quads) {
-          CopyAsync<16>(to, from_[k], offset_[k] < steps ? 16 : 0);
-        } else {
+      for (int k = 0; k < kCount; ++k)
+        if (Mine(k)) CopyAsync<16>(to + k * kThreads * kPairs, from_[k], exist_ & 1u << k ? 16 : 0);
+    } else {
 #pragma unroll
-          for (int pair = 0; pair < kPairs; ++pair) {
-            const int near = pair * (kOfQuad / kPairs);
-            const bool exists = Tile::kChannelLast ? offset_[k] < steps && NearOf(i) + near < lines_
-                                                   : offset_[k] + near < steps;
-            CopyAsync<kPair>(to + pair, from_[k] + pair * kPair, exists ? kPair : 0);
-          }
+      for (int k = 0; k < kCount; ++k) {
+        const int i = k * kThreads + Anew(thread_);
+        if (!Mine(k)) continue;
+#pragma unroll
+        for (int pair = 0; pair < kPairs; ++pair) {
+          const int near = pair * (kOfQuad / kPairs);
+          const int offset = OffsetOf(i) + (Tile::kChannelLast ? 0 : near);
+          const int line = LineOf(i) + (Tile::kChannelLast ? near : 0);
+          const bool exists = exist_ & 1u << k && offset < steps && line < lines_;
+          CopyAsync<kPair>(to + k * kThreads * kPairs + pair, from_[k] + pair * kPair,
+                           exists ? kPair : 0);
         }
       }
-      from_[k] += stride;
     }
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) from_[k] += stride;
   }
 
  private:
-  // The first step or line of a quad, whichever axis is last in memory.
+  __device__ bool Mine(int k) const {
+    return (k + 1) * kThreads <= kAll || k * kThreads + thread_ < kAll;
+  }
+  // The first step and line of a quad.
+  __device__ static int OffsetOf(int i) { return Tile::kChannelLast ? FarOf(i) : NearOf(i); }
+  __device__ static int LineOf(int i) { return Tile::kChannelLast ? NearOf(i) : FarOf(i); }
+  // Of these, the one along the axis that is last in memory, and the other.
   __device__ static int NearOf(int i) { return i % kOfArray % kNear * kOfQuad; }
+  __device__ static int FarOf(int i) { return i % kOfArray / kNear; }
 
   int thread_, lines_;
-  int offset_[kCount];  // of a quad in a tile, in steps; kTile where there is none
+  uint32_t exist_ = 0;  // bit k: whether there is quad k
   const char* from_[kCount];
 };
 

@@ -92,6 +92,12 @@ __device__ inline int ThreadAnew() {
   return thread;
 }
 
+// x, so that what comes of it is reckoned anew, and held in no register until then.
+__device__ inline int Anew(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // A barrier for kThreads of a block, who may stand in different places of the code. Those who meet
 // elsewhere before everyone has left it need another kPlace.
 template <int kThreads, int kPlace = 1>

@@ -115,6 +115,7 @@ inline uint32_t ToHalves(float x, float y) {
   return static_cast<uint32_t>(_cvtss_sh(x, 0)) | static_cast<uint32_t>(_cvtss_sh(y, 0)) << 16;
 }
 
+inline int Anew(int x) { return x; }
 inline int ThreadAnew() { return static_cast<int>(threadIdx.x); }
 
 template <int kThreads, int kPlace = 1>
