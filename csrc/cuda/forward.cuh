@@ -94,8 +94,9 @@ struct ForwardShared {
   // y, which walkers leave in so many parts where there is room, for stagers to add up: they wait
   // for what they exchange between lanes, most of all in a team that is alone. A row has one part
   // of all channels after another, so far apart that what a warp stores at once lies on different
-  // banks.
-  static constexpr bool kRoomForParts = kOneGroup && kPerLane == 2 && Sequences::kUnit == 2;
+  // banks (what stagers load where time is last does not: two parts lose there).
+  static constexpr bool kRoomForParts =
+      kOneGroup && kPerLane == 2 && Sequences::kUnit == 2 && kLayout == Layout::kChannelLast;
   static constexpr int kPartsOfY = kAlone ? 4 : kRoomForParts ? 2 : 1;
   static constexpr int kPart = kPartsOfY > 1 ? kChannels + (kChannels % 16 ? 0 : 8) : kStep;
   static constexpr int kRowOfY =
@@ -528,7 +529,10 @@ __global__ void __launch_bounds__(Shared::kMostThreads, Shared::kBlocks)
     constexpr bool kKeepsGates = Shared::kKeepsGates;
     Turn to_stage{}, to_take{};
     if (!Shared::kAlone && stager < kWarp) load_segments(0);
-    Array out = sequences.From(p.out, sequences.At(rows_of(0)));  // from the next tile on
+    // Where the next tile of out begins, as an index and as an array of its own: stagers gain by
+    // the second, but not those of a team that is alone.
+    int64_t finished = sequences.At(rows_of(0));
+    Array out = sequences.From(p.out, finished);
     // Unless there is a sender.
     [[maybe_unused]] auto send_turn = sends(lines, sequences, projections, stager);
     auto send = [&](int i, int odd) {
@@ -630,8 +634,13 @@ __global__ void __launch_bounds__(Shared::kMostThreads, Shared::kBlocks)
         if (!sequences.Mine(k)) continue;
         const float2 y = y_of(from, k);
         const float4 gate = kKeepsGates ? gates[buffer][k] : from.gates[sequences.Index(k)];
-        sequences.Store(out, 0, rows, k, fmaf(y.x, gate.x, gate.y), fmaf(y.y, gate.z, gate.w));
+        const float first = fmaf(y.x, gate.x, gate.y), second = fmaf(y.y, gate.z, gate.w);
+        if constexpr (Shared::kAlone)
+          sequences.Store(p.out, finished, rows, k, first, second);
+        else
+          sequences.Store(out, 0, rows, k, first, second);
       }
+      finished += sequences.Stride();
       out = sequences.From(out, sequences.Stride());
     };
     // Walkers take the i-th kTiles turns. The code knows which buffers are meant.
