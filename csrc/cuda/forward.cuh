@@ -30,8 +30,8 @@
 //
 // Cost per (b, d, t, n): one exp2, two multiplies, two FMAs, and (with 4 states) 2.5 registers from
 // shared memory, 1.5 with two channels to a lane, at two such registers of a warp per cycle and
-// multiprocessor (see LanePlace). Per (b, d, t): staging, about 50 instructions, and the sum over
-// lanes (3 shuffles per 4 steps at 4 lanes).
+// multiprocessor (see LanePlace). Per (b, d, t): staging, about 45 instructions, and the sum over
+// lanes (3 shuffles per 4 steps at 4 lanes; half of it is the stagers' where there is room).
 #pragma once
 
 #include <type_traits>

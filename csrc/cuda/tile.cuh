@@ -474,7 +474,7 @@ class QuadCopies {
   static constexpr int kAll = kArrays * kOfArray;
   static constexpr int kCount = (kAll + kThreads - 1) / kThreads;  // of a thread
   static constexpr int kPair = sizeof(typename Tile::Slot), kPairs = 16 / kPair;
-  static_assert(Tile::kRegular && Tile::kAcross == 1);
+  static_assert(Tile::kRegular && Tile::kAcross == 1 && kCount <= 32);
 
  public:
   // From the tile that begins at t0 on.
