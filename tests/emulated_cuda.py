@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
 import jax
 import numpy as np
-from cases import BF16, CASES, F16, F32, MAMBA, Case, all_of
+from cases import BF16, CASES, F16, F32, MAMBA, Case, all_of, drawn_cases
 from checks import check_case
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 from test_cuda import BLOCKS
 
 
@@ -75,9 +78,24 @@ def kernels() -> list[Case]:
     return cases
 
 
+def drawn(count: int) -> list[Case]:
+    """Any options, the same in each run, at sizes that let 16 bytes be moved at once, and parts of blocks and tiles."""
+    cases = []
+    some = st.sampled_from
+
+    @settings(max_examples=count, derandomize=True, database=None, phases=[Phase.generate])
+    @given(drawn_cases(), some([8, 24, 40, 104]), some([16, 24, 48]), some([4, 16, 40]))
+    def draw(case: Case, group_dim: int, length: int, dstate: int) -> None:
+        name = f"drawn {len(cases)}"
+        cases.append(replace(case, id=name, dim=case.groups * group_dim, length=length, dstate=dstate))
+
+    draw()
+    return cases
+
+
 def main(library: str, every: int = 1) -> None:
     sys.modules["jax_sscan._cpu"] = EmulatedModule("jax_sscan._cpu", library)
-    failed, cases = [], [case for case in [*CASES, *kernels()] if not case.x64][::every]
+    failed, cases = [], [case for case in [*CASES, *kernels(), *drawn(70)] if not case.x64][::every]
     for case in cases:
         try:
             check_case(case, "cpu")
