@@ -94,7 +94,7 @@ struct ForwardShared {
   // y, which walkers leave in so many parts where there is room, for stagers to add up: they wait
   // for what they exchange between lanes, most of all in a team that is alone. A row has one part
   // of all channels after another, so far apart that what a warp stores at once lies on different
-  // banks (what stagers load where time is last does not: two parts lose there).
+  // banks, if there are four. Where time is last, two parts were slower than one.
   static constexpr bool kRoomForParts =
       kOneGroup && kPerLane == 2 && Sequences::kUnit == 2 && kLayout == Layout::kChannelLast;
   static constexpr int kPartsOfY = kAlone ? 4 : kRoomForParts ? 2 : 1;
