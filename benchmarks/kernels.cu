@@ -2,12 +2,13 @@
 //
 //     nvcc -std=c++17 -arch=native -O3 -lineinfo -Icsrc -I$(jaxlib)/include -o kernels \
 //         benchmarks/kernels.cu csrc/cuda/*.cu csrc/cuda/plan.cc
-//     ./kernels [batch dim length dstate [bf16|f32|mixed [bld|bdl [segments]]]]
+//     ./kernels [batch dim length dstate [bf16|f32|mixed [bld|bdl [segments] [ordered]]]]
 //     ncu --set full --import-source yes -k regex:BackwardKernel -s 2 -c 1 ./kernels 8 1536 2048 16
 //
 // Random data with softplus, D, bias and gate; "mixed" is bf16 with delta, B and C in f32, and
-// segments are of 100 steps; microseconds of a launch, the median of 7 CUDA
-// graphs of 10 launches. Without arguments, the shapes of docs/performance.md.
+// segments are of 100 steps; A is from -1 to -16 at random or, "ordered", about -1, -2, ... -N, as
+// Mamba begins; microseconds of a launch, the median of 7 CUDA graphs of 10 launches. Without
+// arguments, the shapes of docs/performance.md.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -26,9 +27,9 @@ void Check(cudaError_t error, const char* what) {
   std::exit(1);
 }
 
-// Normal numbers, or, with rates, those of A: -1 to -16.
+// Normal numbers, or those of A: -1 to -16, or about -1, -2, ... for so many states in order.
 __global__ void Fill(void* to, int64_t count, bool is_float, uint32_t seed, float mean, float size,
-                     bool rates) {
+                     bool is_A, int64_t ordered) {
   const int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
   if (i >= count) return;
   uint64_t bits = (i + 1) * 0x9E3779B97F4A7C15ull + seed * 0xBF58476D1CE4E5B9ull;
@@ -37,7 +38,7 @@ __global__ void Fill(void* to, int64_t count, bool is_float, uint32_t seed, floa
   const float first = (static_cast<uint32_t>(bits) + 1.0f) / 4294967808.0f;
   const float second = static_cast<uint32_t>(bits >> 32) / 4294967296.0f;
   float x = sqrtf(-2.0f * logf(first)) * cospif(2.0f * second) * size + mean;
-  if (rates) x = -expf(second * 2.77f);
+  if (is_A) x = ordered ? -(1.0f + i % ordered) * expf(0.1f * x) : -expf(second * 2.77f);
   if (is_float)
     static_cast<float*>(to)[i] = x;
   else
@@ -49,12 +50,12 @@ class Arrays {
   ~Arrays() {
     for (void* p : all_) cudaFree(p);
   }
-  Array Make(int64_t count, DataType dtype, float mean = 0.0f, float size = 1.0f,
-             bool rates = false) {
+  Array Make(int64_t count, DataType dtype, float mean = 0.0f, float size = 1.0f, bool is_A = false,
+             int64_t ordered = 0) {
     const Array array{Bytes(count * static_cast<int64_t>(ffi::ByteWidth(dtype))), dtype};
     if (count)
       Fill<<<static_cast<unsigned>((count + 255) / 256), 256>>>(
-          array.data, count, dtype == DataType::F32, ++seed_, mean, size, rates);
+          array.data, count, dtype == DataType::F32, ++seed_, mean, size, is_A, ordered);
     return array;
   }
   void* Bytes(int64_t bytes) {
@@ -112,7 +113,7 @@ constexpr Dtypes kDtypes[] = {{"bf16", DataType::BF16, DataType::BF16},
                               {"f32", DataType::F32, DataType::F32},
                               {"mixed", DataType::BF16, DataType::F32}};
 
-void Run(const Shape& shape, const Dtypes& dtypes, bool channel_last, bool segments) {
+void Run(const Shape& shape, const Dtypes& dtypes, bool channel_last, bool segments, bool ordered) {
   const DataType dtype = dtypes.sequence, projection = dtypes.projection;
   Arrays arrays;
   Problem p = MakeProblem(shape.batch, shape.dim, shape.length, shape.dstate, 1, gpu::kTile, 1,
@@ -122,7 +123,7 @@ void Run(const Shape& shape, const Dtypes& dtypes, bool channel_last, bool segme
   const int64_t varying = p.batch * p.length * p.dstate;
   Operands& o = p.operands;
   o.u = arrays.Make(sequence, dtype), o.delta = arrays.Make(sequence, projection, -4.0f);
-  o.A = arrays.Make(weight, DataType::F32, 0.0f, 1.0f, true);
+  o.A = arrays.Make(weight, DataType::F32, 0.0f, 1.0f, true, ordered ? p.dstate : 0);
   o.B = arrays.Make(varying, projection), o.C = arrays.Make(varying, projection);
   o.D = arrays.Make(p.dim, DataType::F32), o.z = arrays.Make(sequence, dtype);
   o.delta_bias = arrays.Make(p.dim, DataType::F32, 0.0f, 0.1f);
@@ -165,11 +166,12 @@ void Run(const Shape& shape, const Dtypes& dtypes, bool channel_last, bool segme
            " blocks x " + std::to_string(plan.spans) + " spans";
   };
   std::printf(
-      "(%lld, %lld, %lld, %lld) %s %s%s: forward %.0f, saving states %.0f, %s; backward %.0f, %s\n",
+      "(%lld, %lld, %lld, %lld) %s %s%s%s: forward %.0f, saving states %.0f, %s; backward %.0f, "
+      "%s\n",
       static_cast<long long>(p.batch), static_cast<long long>(p.dim),
       static_cast<long long>(p.length), static_cast<long long>(p.dstate), dtypes.name,
-      channel_last ? "bld" : "bdl", segments ? " segments" : "", alone, saving,
-      describe(there).c_str(), back, describe(home).c_str());
+      channel_last ? "bld" : "bdl", segments ? " segments" : "", ordered ? " ordered" : "", alone,
+      saving, describe(there).c_str(), back, describe(home).c_str());
   std::fflush(stdout);
 }
 
@@ -197,7 +199,12 @@ int main(int count, char** words) {
   }
   std::vector<bool> layouts = {true, false};
   if (count > 6) layouts = {words[6] == std::string("bld")};
+  bool segments = false, ordered = false;
+  for (int i = 7; i < count; ++i) {
+    segments |= words[i] == std::string("segments");
+    ordered |= words[i] == std::string("ordered");
+  }
   for (const Shape& shape : shapes)
     for (const Dtypes& some : dtypes)
-      for (bool channel_last : layouts) Run(shape, some, channel_last, count > 7);
+      for (bool channel_last : layouts) Run(shape, some, channel_last, segments, ordered);
 }

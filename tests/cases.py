@@ -52,6 +52,7 @@ class Case:
     out_dtype: str | None = None
     last_state: bool = True
     x64: bool = False
+    fast_first: bool = False  # states in the order of their rates, the fastest first
 
     def __str__(self) -> str:
         return self.id
@@ -101,6 +102,8 @@ def make_inputs(case: Case, seed: int = 0) -> dict[str, np.ndarray[Any, Any]]:
         A = (A + 1j * rng.uniform(-4.0, 4.0, A.shape)).astype(np.result_type(wide, np.complex64))
     else:
         A = A.astype(wide)
+    if case.fast_first:
+        A = np.sort(A, axis=1)
     bias = rng.uniform(-1.0, 1.0, case.dim) if case.bias else np.zeros(case.dim)
     step = np.exp(rng.uniform(np.log(1e-3), 0.0, sequence))
     raw = np.log(np.expm1(step)) if case.softplus else step

@@ -66,6 +66,15 @@ def kernels() -> list[Case]:
                             **{**all_of(dtypes[1]), "u_dtype": dtypes[0], "z_dtype": dtypes[0]},
                         )
                     )  # fmt: skip
+    # Sequences in spans, where the states of one lane are forgotten long before another's.
+    for layout in ("bdl", "bld"):
+        for batch, dim, length in ((2, 24, 300), (1, 40, 600)):
+            cases.append(
+                Case(
+                    f"forgets {length} x {dim} {layout}", batch=batch, dim=dim, length=length, dstate=16, layout=layout,
+                    initial_state=True, fast_first=True, **MAMBA,
+                )
+            )  # fmt: skip
     # Two channels to a lane, in either pass, and blocks of 80, of 16 bits.
     for batch, dim, length in ((70, 188, 20), (16, 1020, 20), (16, 252, 36)):
         for layout in ("bdl", "bld"):

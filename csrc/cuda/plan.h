@@ -61,9 +61,12 @@ struct Plan {
   bool in_quads;            // what InQuads says, once pointers are known
 
   // Spans of so many tiles (8192 steps) are long: the pass before them asks whether their end still
-  // knows of their beginning. In shorter ones it would mostly ask in vain. It asks of all states at
-  // once, where they are few enough, and of regular elements without segments.
-  static constexpr int kLongSpan = 512;
+  // knows of their beginning. In shorter ones it would mostly ask in vain. It asks where states are
+  // few enough to be taken at once, of regular elements without segments.
+#ifndef JAX_SSCAN_LONG_SPAN  // tests have no time for as many
+#define JAX_SSCAN_LONG_SPAN 512
+#endif
+  static constexpr int kLongSpan = JAX_SSCAN_LONG_SPAN;
   bool HasLongSpans(const Problem& p) const {
     return IsRegular(elements) && !p.has_segments && span_tiles >= kLongSpan &&
            p.dstate <= kPassStates;

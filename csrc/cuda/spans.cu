@@ -13,8 +13,11 @@
 //
 // A state forgets: where no decay can exceed 1 (softplus, and no A above 0), a long span is taken
 // in stretches from its end backwards, and what a stretch leaves is scaled by the decay of those
-// after it. Once that is below 2^-126 for every state of a block, nothing before can show in the
-// result, and the block is done. It costs an exponential a stretch and state.
+// after it. Once that is below 2^-126 for the states of a lane, nothing before can show in them,
+// and the lane is done; the block is when all are. The states of a channel mostly decay at rates as
+// 1 to 16, so there a warp has the same quarter of the states of all channels, and three of four
+// warps are done after a part of the slowest one's way. It costs an exponential a stretch and
+// state.
 #include <cfloat>
 #include <type_traits>
 
@@ -36,7 +39,7 @@ struct SpanShape {
   static constexpr int kChannels = kWalkers / kLanes, kGroup = kStates * kLanes;
 };
 
-template <typename Number, Elements kElements, Layout kLayout>
+template <typename Number, Elements kElements, Layout kLayout, bool kForgets>
 struct SpanShared : SpanShape<Number> {
   using SpanShape<Number>::kChannels, SpanShape<Number>::kGroup;
   static constexpr bool kVary = kElements != Elements::kGeneral;
@@ -58,6 +61,12 @@ struct SpanShared : SpanShape<Number> {
   };
   Next next[2];
   Vectors<kChannels> vectors;
+  // Which lane of a channel walked furthest, and so knows the sum of its deltas.
+  struct Walked {
+    float sum_delta;
+    int tiles;
+  };
+  Walked walked[kForgets ? SpanShape<Number>::kLanes : 1][kChannels];
 };
 
 template <typename Pass, typename Number, Elements kElements, Layout kLayout, bool kForgets>
@@ -65,7 +74,7 @@ __global__ void __launch_bounds__(kThreads)
     SpanKernel(const __grid_constant__ Pass p, const __grid_constant__ Plan plan,
                Number* __restrict__ ends, float* __restrict__ sum_delta) {
   constexpr bool kBackward = std::is_same_v<Pass, Backward>;
-  using Shared = SpanShared<Number, kElements, kLayout>;
+  using Shared = SpanShared<Number, kElements, kLayout, kForgets>;
   using Sequences = typename Shared::Sequences;
   using Projections = typename Shared::Projections;
   constexpr bool kVary = Shared::kVary, kRestarts = Shared::kRestarts;
@@ -92,8 +101,10 @@ __global__ void __launch_bounds__(kThreads)
   const int span_end = min((span + 1) * plan.span_tiles, plan.tiles);
   const int tiles = max(min(first_tile + plan.piece_tiles, span_end) - first_tile, 0);
 
-  const int walker = LanePlace(static_cast<int>(threadIdx.x) - kStagers);
-  const int lane = walker % kLanes, channel = walker / kLanes;
+  const int thread = static_cast<int>(threadIdx.x) - kStagers;
+  const int walker = kForgets ? thread : LanePlace(thread);
+  const int lane = kForgets ? walker / kChannels : walker % kLanes;
+  const int channel = kForgets ? walker % kChannels : walker / kLanes;
   Number rate[kStates];
   auto load_group = [&](int group) {
 #pragma unroll
@@ -143,6 +154,11 @@ __global__ void __launch_bounds__(kThreads)
       else
         return QuadCopies<Sequences, 2>(lines, rows_of(0).t0, stager, o.delta, from_input);
     }();
+    // From one tile to the next, and to the first of the next stretch.
+    [[maybe_unused]] auto stride_at = [&](int i) {
+      return sequences.At(rows_of(i + 1)) - sequences.At(rows_of(i));
+    };
+    [[maybe_unused]] const int64_t stride = stride_at(0), to_stretch = stride_at(kStretch - 1);
     // What is sent for and staged next: tiles, and groups of states of them.
     int sent_tile = 0, sent_group = 0, staged_tile = 0, staged_group = 0;
     auto send = [&](int slot) {
@@ -151,8 +167,9 @@ __global__ void __launch_bounds__(kThreads)
         const Rows rows = rows_of(sent_tile);
         if (sent_group == 0) {
           if constexpr (Sequences::kRegular) {
-            quads.Send(to.sequences[0], rows.steps,
-                       sequences.At(rows_of(sent_tile + 1)) - sequences.At(rows), plan.in_quads);
+            const bool ends_stretch = forgets && (sent_tile + 1) % kStretch == 0;
+            quads.Send(to.sequences[0], rows.steps, ends_stretch ? to_stretch : stride,
+                       plan.in_quads);
           } else {
             const int64_t at = sequences.At(rows);
             sequences.Prefetch(o.delta, at, rows, to.sequences[0]);
@@ -244,6 +261,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = 0; i < groups * kStates; ++i) waiting[i * kWalkers] = Number{};
   float sum = 0.0f;
   [[maybe_unused]] float stretch_sum = 0.0f;
+  [[maybe_unused]] int walked = 0;
   bool restarted = false, remembers = true, done = false;
   [[maybe_unused]] Number total[kStates], weight[kStates];
   if constexpr (kForgets) {
@@ -271,6 +289,7 @@ __global__ void __launch_bounds__(kThreads)
       } else {
         Meet<kThreads>();
       }
+      if (!remembers) continue;
       if (kRestarts && p.has_segments) restarts = shared.restarts[tile & 1];
       const Number* at_B = shared.B[turn] + lane * kStates + (varies ? 0 : channel * kRow);
       auto start_B = [&](int i) {
@@ -301,8 +320,10 @@ __global__ void __launch_bounds__(kThreads)
     sum += tile_sum;
     restarted |= restarts != 0;
     if constexpr (kForgets) {
+      if (!remembers) continue;
       stretch_sum += tile_sum;
-      if (forgets && !done && (tile + 1) % kStretch == 0) {
+      ++walked;
+      if (forgets && (tile + 1) % kStretch == 0) {
         remembers = false;
 #pragma unroll
         for (int i = 0; i < kStates; ++i) {
@@ -316,9 +337,17 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
   }
-  if (forgets) {
+  if constexpr (kForgets) {
+    if (forgets)
 #pragma unroll
-    for (int i = 0; i < kStates; ++i) h[i] = total[i];
+      for (int i = 0; i < kStates; ++i) h[i] = total[i];
+    shared.walked[lane][channel] = {sum, walked};
+    Meet<kWalkers, 2>();
+#pragma unroll
+    for (int i = 1; i < kLanes; ++i) {
+      const typename Shared::Walked other = shared.walked[i][channel];
+      if (other.tiles > walked) sum = other.sum_delta, walked = other.tiles;
+    }
   }
 
   if (channel >= block.channels) return;
@@ -349,9 +378,10 @@ Error Launch(const Pass& p, Plan plan, Number* ends, float* sum_delta, Stream st
   auto launch = [&](auto storage, auto forgets) {
     constexpr Elements kElements = storage.kElements;
     constexpr Layout kLayout = storage.kLayout;
-    int bytes = sizeof(SpanShared<Number, kElements, kLayout>);
+    constexpr bool kForgets = decltype(forgets)::value;
+    int bytes = sizeof(SpanShared<Number, kElements, kLayout, kForgets>);
     if (plan.state_groups > 1) bytes += plan.state_groups * kStates * kWalkers * sizeof(Number);
-    return LaunchKernel(SpanKernel<Pass, Number, kElements, kLayout, decltype(forgets)::value>,
+    return LaunchKernel(SpanKernel<Pass, Number, kElements, kLayout, kForgets>,
                         plan.blocks * (plan.spans - 1) * plan.pieces, kThreads, bytes, stream, true,
                         p, plan, ends, sum_delta);
   };

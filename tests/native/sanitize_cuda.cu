@@ -1,11 +1,12 @@
 // Runs the CUDA kernels over small problems with random data, for compute-sanitizer, which does not
 // get on with a Python process around them:
 //
-//     nvcc -std=c++17 -arch=native -lineinfo -Icsrc -I$(jaxlib)/include
-//     tests/native/sanitize_cuda.cu \
-//         csrc/cuda/*.cu csrc/cuda/plan.cc -o sanitize_cuda
-//     compute-sanitizer --tool memcheck ./sanitize_cuda && compute-sanitizer --tool racecheck
-//     ./sanitize_cuda
+//     nvcc -std=c++17 -arch=native -lineinfo -Icsrc -I$(jaxlib)/include -o sanitize_cuda \
+//         tests/native/sanitize_cuda.cu csrc/cuda/*.cu csrc/cuda/plan.cc
+//     compute-sanitizer --tool memcheck ./sanitize_cuda
+//     compute-sanitizer --tool racecheck ./sanitize_cuda
+//
+// With -DJAX_SSCAN_LONG_SPAN=8, also with the pass before spans that looks for what is forgotten.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
