@@ -94,11 +94,11 @@ struct ForwardShared {
   // y, which walkers leave in so many parts where there is room, for stagers to add up: they wait
   // for what they exchange between lanes, most of all in a team that is alone. A row has one part
   // of all channels after another, so far apart that what a warp stores at once lies on different
-  // banks, if there are four. Where time is last, two parts were slower than one.
-  static constexpr bool kRoomForParts =
-      kOneGroup && kPerLane == 2 && Sequences::kUnit == 2 && kLayout == Layout::kChannelLast;
+  // banks.
+  static constexpr bool kRoomForParts = kOneGroup && kPerLane == 2 && Sequences::kUnit == 2;
   static constexpr int kPartsOfY = kAlone ? 4 : kRoomForParts ? 2 : 1;
-  static constexpr int kPart = kPartsOfY > 1 ? kChannels + (kChannels % 16 ? 0 : 8) : kStep;
+  static constexpr int kPart =
+      kPartsOfY > 1 ? kChannels + (kChannels % 16 ? 0 : 32 / kPartsOfY) : kStep;
   static constexpr int kRowOfY =
       kPartsOfY > 1 ? kPartsOfY * kPart + (kLayout == Layout::kTimeLast ? 2 : 4) : kStep;
   struct Staged {
