@@ -154,11 +154,6 @@ __global__ void __launch_bounds__(kThreads)
       else
         return QuadCopies<Sequences, 2>(lines, rows_of(0).t0, stager, o.delta, from_input);
     }();
-    // From one tile to the next, and to the first of the next stretch.
-    [[maybe_unused]] auto stride_at = [&](int i) {
-      return sequences.At(rows_of(i + 1)) - sequences.At(rows_of(i));
-    };
-    [[maybe_unused]] const int64_t stride = stride_at(0), to_stretch = stride_at(kStretch - 1);
     // What is sent for and staged next: tiles, and groups of states of them.
     int sent_tile = 0, sent_group = 0, staged_tile = 0, staged_group = 0;
     auto send = [&](int slot) {
@@ -167,9 +162,8 @@ __global__ void __launch_bounds__(kThreads)
         const Rows rows = rows_of(sent_tile);
         if (sent_group == 0) {
           if constexpr (Sequences::kRegular) {
-            const bool ends_stretch = forgets && (sent_tile + 1) % kStretch == 0;
-            quads.Send(to.sequences[0], rows.steps, ends_stretch ? to_stretch : stride,
-                       plan.in_quads);
+            quads.Send(to.sequences[0], rows.steps,
+                       sequences.At(rows_of(sent_tile + 1)) - sequences.At(rows), plan.in_quads);
           } else {
             const int64_t at = sequences.At(rows);
             sequences.Prefetch(o.delta, at, rows, to.sequences[0]);
