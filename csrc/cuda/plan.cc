@@ -103,8 +103,9 @@ Plan Cut(const Problem& p, Elements elements, std::initializer_list<Candidate> c
       plan.piece_tiles = static_cast<int>(CeilDiv(plan.span_tiles, pieces));
       plan.pieces = static_cast<int>(CeilDiv(plan.span_tiles, plan.piece_tiles));
       if (plan.spans > 1)
-        time += kPassLaunch + (early ? TileTime(kEarlyPass, blocks) * kEarlyTiles
-                                     : states * (plan.spans - 1) / plan.spans * kPassTime);
+        time += kPassLaunch +
+                (early ? TileTime(kEarlyPass, blocks) * std::min(kEarlyTiles, plan.span_tiles)
+                       : states * (plan.spans - 1) / plan.spans * kPassTime);
       if (best.walkers && time >= best_time) continue;
       best = plan;
       best_time = time;

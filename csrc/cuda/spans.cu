@@ -283,7 +283,7 @@ __global__ void __launch_bounds__(kThreads)
       } else {
         Meet<kThreads>();
       }
-      if (!remembers) continue;
+      if (!remembers) continue;  // done, and here to meet those who are not
       if (kRestarts && p.has_segments) restarts = shared.restarts[tile & 1];
       const Number* at_B = shared.B[turn] + lane * kStates + (varies ? 0 : channel * kRow);
       auto start_B = [&](int i) {
