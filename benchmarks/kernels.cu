@@ -201,8 +201,12 @@ int main(int count, char** words) {
   if (count > 6) layouts = {words[6] == std::string("bld")};
   bool segments = false, ordered = false;
   for (int i = 7; i < count; ++i) {
-    segments |= words[i] == std::string("segments");
-    ordered |= words[i] == std::string("ordered");
+    const std::string word = words[i];
+    if (word != "segments" && word != "ordered") {
+      std::fprintf(stderr, "neither segments nor ordered: %s\n", words[i]);
+      return 1;
+    }
+    (word == "segments" ? segments : ordered) = true;
   }
   for (const Shape& shape : shapes)
     for (const Dtypes& some : dtypes)
