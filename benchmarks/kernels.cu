@@ -142,12 +142,13 @@ void Run(const Shape& shape, const Dtypes& dtypes, bool channel_last, bool segme
   forward.workspace_bytes = gpu::ForwardWorkspace::Enough(p);
   forward.workspace.data = arrays.Bytes(forward.workspace_bytes);
   const double alone = Microseconds([&](auto s) { return gpu::LaunchForward(forward, s); });
+  forward.ungated = arrays.Make(sequence, dtype);
   forward.states = arrays.Make(p.batch * ((p.length - 1) / gpu::kTile) * weight, DataType::F32);
   const double saving = Microseconds([&](auto s) { return gpu::LaunchForward(forward, s); });
 
   Backward backward{};
   static_cast<Problem&>(backward) = p;
-  backward.states = forward.states;
+  backward.states = forward.states, backward.ungated = forward.ungated;
   backward.out_cotangent = arrays.Make(sequence, dtype);
   Operands& ct = backward.cotangents;
   ct.u = arrays.Make(sequence, dtype), ct.delta = arrays.Make(sequence, projection);

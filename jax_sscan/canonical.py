@@ -23,8 +23,9 @@ import numpy as np
 
 from jax_sscan import checks
 
-RESIDUAL_NAMES = ("selective_scan_out", "selective_scan_states")
-"""The `checkpoint_name` of what a scan computes for its backward pass and its successors.
+RESIDUAL_NAMES = ("selective_scan_out", "selective_scan_states", "selective_scan_ungated")
+"""The `checkpoint_name` of what a scan computes for its successors (the output) and its backward pass: the states
+between chunks and, with a gate, the output before it.
 
 ``jax.checkpoint(f, policy=jax.checkpoint_policies.save_only_these_names(*RESIDUAL_NAMES))`` rematerialises everything
 around a scan without running the scan a second time.
@@ -64,6 +65,13 @@ class Options:
     chunk: int
 
 
+class Saved(NamedTuple):
+    """Which of the arrays that `Residuals` keep beside the operands a forward pass computes."""
+
+    states: bool = False
+    ungated: bool = False
+
+
 class Sizes(NamedTuple):
     """The sizes of one scan."""
 
@@ -75,15 +83,19 @@ class Sizes(NamedTuple):
 
 
 class Residuals(NamedTuple):
-    """What the backward pass keeps: the operands and the states between chunks.
+    """What the backward pass keeps: the operands, the states between chunks and, with a gate, the output before it.
 
     Chunk i covers positions [i * chunk, (i + 1) * chunk); ``states[:, i]`` is the state that passes between chunks i
     and i + 1, from left to right or, when reverse, from right to left: (batch, num_chunks - 1, dstate, dim), or None
     where there is one chunk.
+
+    ``ungated`` is y + D u, like the output in shape and dtype, or None without z. The gradient of z needs it, and to
+    read it takes less time than to sum it up again (docs/derivation.md).
     """
 
     operands: Operands
     states: Any
+    ungated: Any
 
 
 def is_varying(matrix: jax.Array) -> bool:
@@ -140,14 +152,19 @@ def axes(operands: Operands, layout: Layout) -> Operands:
     return Operands(*(None if x is None else name for name, x in zip(names, operands, strict=True)))
 
 
-def result_axes(axes: Operands, options: Options, save_states: bool) -> tuple[str, str | None, str | None]:
+def result_axes(axes: Operands, options: Options, saved: Saved) -> tuple[str, str | None, str | None, str | None]:
     """The names of the axes of a forward pass's results, given those of its operands."""
-    return axes.u, STATE_AXES if options.last_state else None, SAVED_STATES_AXES if save_states else None
+    return (
+        axes.u,
+        STATE_AXES if options.last_state else None,
+        SAVED_STATES_AXES if saved.states else None,
+        axes.u if saved.ungated else None,
+    )
 
 
 def backward_axes(axes: Operands, states: Any, last_state_cotangent: Any) -> tuple[Residuals, str, str | None]:
     """The names of the axes of a backward pass's arguments, given those of the operands."""
-    residuals = Residuals(axes, None if states is None else SAVED_STATES_AXES)
+    residuals = Residuals(axes, None if states is None else SAVED_STATES_AXES, axes.z)
     return residuals, axes.u, None if last_state_cotangent is None else STATE_AXES
 
 

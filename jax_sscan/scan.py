@@ -9,15 +9,19 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jax_sscan import backends, canonical, checks, linear, sequence
 from jax_sscan.backends import partitioning
-from jax_sscan.canonical import RESIDUAL_NAMES, Layout, Operands, Options, Residuals
+from jax_sscan.canonical import RESIDUAL_NAMES, Layout, Operands, Options, Residuals, Saved
 
 
 class ScanForward(NamedTuple):
-    """Result of `selective_scan_forward`: the output, the last state and the saved states between chunks."""
+    """Result of `selective_scan_forward`: the output, the last state, and what is saved for the backward pass.
+
+    That is the states between chunks and, with z, the output before the gate, y + D u (None without).
+    """
 
     out: jax.Array
     last_state: jax.Array
     states: jax.Array
+    ungated: jax.Array | None
 
 
 class ScanGradients(NamedTuple):
@@ -140,7 +144,8 @@ def selective_scan_forward(
     """Runs the forward kernel alone, outside autodiff; arguments as in `selective_scan`.
 
     Returns:
-        ``out``, ``last_state`` and ``states``, the saved states that `selective_scan_backward` takes.
+        ``out``, ``last_state``, and what `selective_scan_backward` takes: ``states``, the saved states, and
+        ``ungated``, the output before the gate, of the shape and dtype of ``out``, or None without z.
 
     Raises:
         ValueError: as `selective_scan`; also if batch or length is 0.
@@ -148,8 +153,9 @@ def selective_scan_forward(
     """
     operands = Operands(u, delta, A, B, C, D, z, delta_bias, initial_state, segment_ids)
     operands, options = _kernel_form(operands, delta_softplus, reverse, layout, out_dtype, True, implementation)
-    out, last_state, states = _jitted_forward(operands, options, True, implementation)
-    return ScanForward(out, last_state, canonical.states_of(Residuals(operands, states), layout))
+    out, last_state, states, ungated = _jitted_forward(operands, options, True, implementation)
+    states = canonical.states_of(Residuals(operands, states, ungated), layout)
+    return ScanForward(out, last_state, states, ungated)
 
 
 def selective_scan_backward(
@@ -164,6 +170,7 @@ def selective_scan_backward(
     delta_softplus: bool = False,
     *,
     states: jax.Array,
+    ungated: jax.Array | None = None,
     out_cotangent: jax.Array,
     last_state_cotangent: jax.Array | None = None,
     initial_state: jax.Array | None = None,
@@ -186,6 +193,7 @@ def selective_scan_backward(
         delta_bias: (dim,).
         delta_softplus: whether delta goes through softplus.
         states: ``states`` of `selective_scan_forward` with the same arguments.
+        ungated: ``ungated`` of `selective_scan_forward` with the same arguments; with z only, and then required.
         out_cotangent: cotangent of the output, with its shape and dtype.
         last_state_cotangent: cotangent of the last state, with its shape and dtype; zeros if None.
         initial_state: (batch, dim, dstate).
@@ -199,8 +207,9 @@ def selective_scan_backward(
         The cotangents as `jax.vjp` defines them: of each operand's shape and dtype, complex ones not conjugated.
 
     Raises:
-        ValueError: as `selective_scan_forward`, or a cotangent or ``states`` has a wrong shape.
-        TypeError: as `selective_scan_forward`, or a cotangent has a wrong dtype.
+        ValueError: as `selective_scan_forward`, a cotangent, ``states`` or ``ungated`` has a wrong shape, or z is given
+            without ``ungated`` or ``ungated`` without z.
+        TypeError: as `selective_scan_forward`, or a cotangent, ``states`` or ``ungated`` has a wrong dtype.
     """
     given = Operands(u, delta, A, B, C, D, z, delta_bias, initial_state)
 
@@ -212,13 +221,17 @@ def selective_scan_backward(
     operands, options = kernel_form(given)
     # Differentiating the way to canonical form takes the cotangents back to the caller's shapes and dtypes.
     _, form_vjp = jax.vjp(lambda given: kernel_form(given)[0]._replace(segment_ids=None), given)
-    forward = partial(backends.xla.forward, options=options, save_states=True)
-    out, last_state, saved = jax.eval_shape(forward, operands)
+    forward = partial(backends.xla.forward, options=options, saved=Saved(states=True))
+    out, last_state, saved_states, _ = jax.eval_shape(forward, operands)
     checks.check_like("out_cotangent", out_cotangent, out)
-    checks.check_like("states", states, saved)
+    checks.check_like("states", states, saved_states)
+    if (ungated is None) != (z is None):
+        raise ValueError("ungated must be given with z, and only with it: it is `ungated` of selective_scan_forward")
+    if ungated is not None:
+        checks.check_like("ungated", ungated, out)
     if last_state_cotangent is not None:
         checks.check_like("last_state_cotangent", last_state_cotangent, last_state)
-    residuals = Residuals(operands, states if states.size else None)
+    residuals = Residuals(operands, states if states.size else None, ungated)
     cotangents = _jitted_backward(residuals, out_cotangent, last_state_cotangent, options, implementation)
     (gradients,) = form_vjp(cotangents)
     return ScanGradients(*gradients[:-1])
@@ -283,9 +296,8 @@ def _scan_jvp(
 ) -> tuple[tuple[jax.Array, jax.Array | None], Any]:
     """Reverse mode runs the backward kernel, forward mode pure JAX."""
     (operands,), (tangent,) = primals, tangents
-    out, last_state, states = backends.forward(operands, options, True, implementation)
-    out = checkpoint_name(out, RESIDUAL_NAMES[0])
-    states = checkpoint_name(states, RESIDUAL_NAMES[1])
+    out, last_state, states, ungated = backends.forward(operands, options, True, implementation)
+    out, states, ungated = map(checkpoint_name, (out, states, ungated), RESIDUAL_NAMES)
 
     def push(residuals: Residuals, tangent: Operands) -> tuple[jax.Array, jax.Array | None]:
         ids = residuals.operands.segment_ids
@@ -300,8 +312,8 @@ def _scan_jvp(
 
     results = out, last_state
     tangent = tangent._replace(segment_ids=None)
-    return results, linear.call(push, pull, Residuals(operands, states), tangent, results)
+    return results, linear.call(push, pull, Residuals(operands, states, ungated), tangent, results)
 
 
-_jitted_forward = jax.jit(backends.forward, static_argnames=("options", "save_states", "implementation"))
+_jitted_forward = jax.jit(backends.forward, static_argnames=("options", "for_backward", "implementation"))
 _jitted_backward = jax.jit(backends.backward, static_argnames=("options", "implementation"))

@@ -109,7 +109,8 @@ def _scan_jvp(
     entering, states, decay = (
         checkpoint_name(x, RESIDUAL_NAMES[1]) for x in (residuals.operands.initial_state, residuals.states, decay)
     )
-    saved = Residuals(operands._replace(initial_state=entering), states), decay, operands.initial_state
+    ungated = checkpoint_name(residuals.ungated, RESIDUAL_NAMES[2])
+    saved = Residuals(operands._replace(initial_state=entering), states, ungated), decay, operands.initial_state
 
     def push(saved: Any, tangent: Operands) -> tuple[jax.Array, jax.Array | None]:
         residuals, _, initial_state = saved
@@ -152,7 +153,7 @@ def _backward(
 
 
 def _forward(
-    operands: Operands, options: Options, save_states: bool, implementation: str | None, axis_name: str
+    operands: Operands, options: Options, for_backward: bool, implementation: str | None, axis_name: str
 ) -> tuple[jax.Array, jax.Array | None, Residuals, jax.Array]:
     """Output, last state of the part, residuals with the state that enters the part, and what the part lets pass."""
     here = part(axis_name, options.reverse)
@@ -160,11 +161,11 @@ def _forward(
     decay = jnp.where(continues, _decay(operands, options), 0)
     # All that the output needs is left out.
     state_only = operands._replace(D=None, z=None, initial_state=None)
-    _, state, _ = backends.forward(state_only, replace(options, last_state=True), False, implementation)
+    _, state, *_ = backends.forward(state_only, replace(options, last_state=True), False, implementation)
     entering = _entering(decay, cast(jax.Array, state), operands.initial_state, here, operands.segment_ids is not None)
     operands = operands._replace(initial_state=jnp.where(continues, entering, 0))
-    out, last_state, states = backends.forward(operands, options, save_states, implementation)
-    return out, last_state, Residuals(operands, states), decay
+    out, last_state, *saved = backends.forward(operands, options, for_backward, implementation)
+    return out, last_state, Residuals(operands, *saved), decay
 
 
 def _entering(decay: jax.Array, state: jax.Array, first: jax.Array, part: Part, restarts: bool) -> jax.Array:
@@ -250,7 +251,7 @@ def _entry_cotangent(
     backwards = replace(
         options, delta_softplus=False, reverse=not options.reverse, last_state=True, out_dtype=jnp.dtype(real)
     )
-    _, state, _ = backends.forward(adjoint, backwards, False, implementation)
+    _, state, *_ = backends.forward(adjoint, backwards, False, implementation)
     return jnp.exp(first_delta[..., None] * operands.A) * cast(jax.Array, state)
 
 

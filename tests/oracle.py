@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 Array = np.ndarray[Any, Any]
@@ -77,6 +78,14 @@ class Bounded:
         value = self.value.sum(axis)
         return Bounded(value, self.error.sum(axis) + np.abs(self.value).sum(axis))
 
+    def stored(self, dtype: Any, compute: Any) -> Bounded:
+        """Rounded to ``dtype`` on the way, where that has fewer bits than the compute dtype."""
+        out, unit = ml_dtypes.finfo(dtype), ml_dtypes.finfo(compute)
+        if out.bits >= unit.bits:
+            return self
+        half_ulp = (float(out.eps) * np.abs(self.value) + float(out.smallest_subnormal)) / 2
+        return Bounded(self.value, self.error + half_ulp / float(unit.eps))
+
     @property
     def real(self) -> Bounded:
         return Bounded(self.value.real, self.error)
@@ -130,6 +139,12 @@ def wide(x: Any) -> Array:
     """Any input as float64 or complex128; exact for every dtype that the package takes."""
     x = np.asarray(x)
     return x.astype(np.complex128 if x.dtype.kind == "c" else np.float64)
+
+
+def compute_dtype(inputs: Mapping[str, Any]) -> Any:
+    """float64 where any input is of that precision, else float32."""
+    double = any(np.asarray(x).dtype in (np.float64, np.complex128) for x in inputs.values() if x is not None)
+    return np.float64 if double else np.float32
 
 
 def _reset_after(ids: Any, steps: int, batch: int, reverse: bool) -> Array:
@@ -270,7 +285,9 @@ def selective_scan_gradients(
     g = Bounded(s._ordered(wide(out_cotangent).transpose(s.time_first)))
     gradients: dict[str, Bounded] = {}
     if s.z is not None:
-        gradients["z"] = s.sequence_out(g * s.ungated * _silu_slope(s.z))
+        # An implementation may keep what the gate multiplied, in the dtype of the output.
+        kept = s.ungated.stored(np.asarray(out_cotangent).dtype, compute_dtype(inputs))
+        gradients["z"] = s.sequence_out(g * kept * _silu_slope(s.z))
         g = g * _silu(s.z)
 
     seed = g[..., None].scaled(s.y_factor)

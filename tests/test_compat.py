@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import re
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -71,6 +73,8 @@ def test_selective_scan_fn_differentiates_through_both_results() -> None:
 KERNEL_CASES = [
     Case("plain"),
     Case("everything", length=129, **EVERYTHING),
+    Case("one-chunk", length=5, **EVERYTHING),
+    Case("one-step", batch=3, length=1, layout="bld", **MAMBA),
     Case("everything-bld", length=33, layout="bld", **EVERYTHING),
     Case("reverse", length=33, reverse=True, **EVERYTHING),
     Case("fixed", length=33, B="fixed", C="fixed", **EVERYTHING),
@@ -103,7 +107,7 @@ def test_forward_and_backward_equal_the_vjp(case: Case, implementation: str | No
         return results, vjp((out_ct, last_ct))[0]
 
     forward = jit(lambda arrays: tuple(jax_sscan.selective_scan_forward(**arrays, **keywords)))
-    out, last, states = forward(arrays)
+    out, last, states, ungated = forward(arrays)
     rng = np.random.default_rng(0)
     out_ct = jnp.asarray(rng.standard_normal(out.shape)).astype(out.dtype)
     last_ct = jnp.asarray(rng.standard_normal(last.shape)).astype(last.dtype)
@@ -122,13 +126,18 @@ def test_forward_and_backward_equal_the_vjp(case: Case, implementation: str | No
 
     same(out, expected_out, "out")
     same(last, expected_last, "last_state")
+    if "z" in arrays:
+        assert ungated.dtype == out.dtype
+        check(ungated, ungated_scan(inputs, options_of(case)), "ungated")
+    else:
+        assert ungated is None
 
     backward = jit(
-        lambda arrays, states, out_ct, last_ct: jax_sscan.selective_scan_backward(
-            **arrays, **keywords, states=states, out_cotangent=out_ct, last_state_cotangent=last_ct
+        lambda arrays, states, ungated, out_ct, last_ct: jax_sscan.selective_scan_backward(
+            **arrays, **keywords, states=states, ungated=ungated, out_cotangent=out_ct, last_state_cotangent=last_ct
         )
     )
-    gradients = backward(arrays, states, out_ct, last_ct)
+    gradients = backward(arrays, states, ungated, out_ct, last_ct)
     assert set(gradients._fields) == set(FIELDS)
     for name in FIELDS:
         if name in expected:
@@ -137,11 +146,10 @@ def test_forward_and_backward_equal_the_vjp(case: Case, implementation: str | No
             assert getattr(gradients, name) is None, name
 
 
-def test_forward_returns_a_named_triple() -> None:
+def test_forward_returns_a_named_tuple() -> None:
     inputs, _ = split(make_inputs(Case("plain")))
     result = jax_sscan.selective_scan_forward(**inputs)
-    assert result._fields[:2] == ("out", "last_state") and len(result) == 3
-    assert result._fields[2] == "states"
+    assert result._fields == ("out", "last_state", "states", "ungated")
 
 
 def test_backward_without_a_cotangent_of_the_state(implementation: str | None) -> None:
@@ -150,9 +158,11 @@ def test_backward_without_a_cotangent_of_the_state(implementation: str | None) -
     inputs = make_inputs(case)
     arrays, rest = split(inputs)
     keywords = {**keywords_of(case), **rest, "implementation": implementation}
-    states = jax_sscan.selective_scan_forward(**arrays, **keywords).states
+    _, _, states, ungated = jax_sscan.selective_scan_forward(**arrays, **keywords)
     ct = np.random.default_rng(0).standard_normal(inputs["u"].shape).astype(np.float32)
-    got = jax_sscan.selective_scan_backward(**arrays, **keywords, states=states, out_cotangent=jnp.asarray(ct))
+    got = jax_sscan.selective_scan_backward(
+        **arrays, **keywords, states=states, ungated=ungated, out_cotangent=jnp.asarray(ct)
+    )
     for name, expected in selective_scan_gradients(inputs, options_of(case), ct).items():
         check(getattr(got, name), expected, name)
 
@@ -163,6 +173,21 @@ def test_backward_refuses_a_cotangent_of_another_shape() -> None:
     states = jax_sscan.selective_scan_forward(**arrays).states
     with pytest.raises(ValueError, match=r"(?s)out_cotangent.*\(2, 3, 4\)"):
         jax_sscan.selective_scan_backward(**arrays, states=states, out_cotangent=jnp.zeros((2, 3, 4)))
+
+
+def test_backward_takes_the_ungated_output_with_z_only() -> None:
+    arrays, _ = split(make_inputs(Case("gate", length=20, **MAMBA)))
+    out, _, states, ungated = jax_sscan.selective_scan_forward(**arrays)
+    backward = partial(jax_sscan.selective_scan_backward, states=states, out_cotangent=jnp.zeros_like(out))
+    with pytest.raises(ValueError, match=r"ungated must be given with z.*`ungated` of selective_scan_forward"):
+        backward(**arrays)
+    with pytest.raises(ValueError, match=rf"(?s)ungated.*{re.escape(str(out.shape))}"):
+        backward(**arrays, ungated=ungated[1:])
+    with pytest.raises(TypeError, match=r"ungated.*float32.*float16"):
+        backward(**arrays, ungated=ungated.astype(jnp.float16))
+    del arrays["z"]
+    with pytest.raises(ValueError, match=r"ungated must be given with z, and only with it"):
+        backward(**arrays, ungated=ungated)
 
 
 def test_signatures() -> None:

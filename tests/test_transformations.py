@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import threading
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -514,6 +515,26 @@ def test_eval_shape(layout: str, implementation: str | None) -> None:
 
     for gradient, like in zip(jax.eval_shape(jax.grad(loss, (0, 1, 2)), u, A, B), (u, A, B), strict=True):
         assert (gradient.shape, gradient.dtype) == (like.shape, like.dtype)
+
+
+@pytest.mark.parametrize("length", [5, 70])
+@pytest.mark.parametrize("gate", [False, True])
+def test_residuals(gate: bool, length: int, implementation: str | None) -> None:
+    """Kept for the backward pass, beyond the operands: states between chunks if there are several, and with a gate one
+    array like the output."""
+    inputs = make_inputs(Case("residuals", length=length, B="4d", C="4d", **{**MAMBA, "z": gate}))
+    operands = {name: jnp.asarray(x) for name, x in inputs.items()}
+
+    def scan(operands: Any) -> Any:
+        return jax_sscan.selective_scan(**operands, out_dtype=jnp.bfloat16, implementation=implementation)
+
+    def kinds(arrays: Any) -> Counter[Any]:
+        return Counter((x.shape, jnp.dtype(x.dtype)) for x in jax.tree.leaves(arrays))
+
+    kept = kinds(jax.eval_shape(lambda operands: jax.vjp(scan, operands)[1], operands)) - kinds(operands)
+    states = [kind for kind in kept if len(kind[0]) == 4]
+    assert len(states) == (length > 32)  # which is the longest chunk
+    assert kept == Counter([*states, *[(inputs["u"].shape, jnp.dtype(jnp.bfloat16))] * gate])
 
 
 @pytest.mark.parametrize("layout", ["bdl", "bld"])

@@ -11,13 +11,14 @@
 // of the chunk.
 //
 // What lives where: per block and chunk, delta, delta u, y and the gate in 4 * chunk vectors of
-// scratch; the backward pass adds the history of one group (states and decays, 2 * chunk * kGroup
-// vectors) and the partial sums for dB and dC (2 * chunk * dstate vectors, shared by the blocks of
-// a task). All of it fits the L2 cache.
+// scratch; the backward pass has cotangents in their place, and adds the history of one group
+// (states and decays, 2 * chunk * kGroup vectors) and the partial sums for dB and dC (2 * chunk *
+// dstate vectors, shared by the blocks of a task). All of it fits the L2 cache.
 //
 // Cost per (step, state) of a vector of channels: forward the exponent's product, one Exp2 (9
-// operations with AVX-512, else 14), another product and two FMAs; backward the same again, then
-// about nine multiplies and FMAs in the reverse walk, with no second Exp2.
+// operations with AVX-512, else 14), another product and two FMAs; backward the same again but for
+// the FMA that sums y, then about nine multiplies and FMAs in the reverse walk, with no second
+// Exp2.
 
 #include <algorithm>
 #include <cstdlib>
@@ -722,8 +723,8 @@ struct Walk {
   int64_t Row(int64_t i) const { return reverse ? steps - 1 - i : i; }
 };
 
-// What the walk over one block reads, from the operands: delta after bias and softplus, delta u,
-// and what it adds to: y, which is D u at first. In the forward pass also gate, silu(z), and in the
+// What the walk over one block reads, from the operands: delta after bias and softplus, and delta
+// u. In the forward pass also what it adds to, y, which is D u at first, and gate, silu(z); in the
 // backward pass slope, the derivative of delta by what the caller gave as delta.
 template <typename T>
 struct BlockInputs {
@@ -743,7 +744,7 @@ void LoadInputs(const Slice& s, Vec<T> D, Vec<T> bias, int64_t channel, int64_t 
   auto set = [=](int64_t t, Vec<T> step) {
     delta[t] = step;
     source[t] = step * u[t];
-    y[t] = D * u[t];
+    if (y) y[t] = D * u[t];
   };
   if (gate)
     for (int64_t t = 0; t < steps; ++t) gate[t] = Silu<T>(z[t]);
@@ -755,14 +756,14 @@ void LoadInputs(const Slice& s, Vec<T> D, Vec<T> bias, int64_t channel, int64_t 
     return;
   }
   // In two loops: the longer the operations that wait for each other, the fewer steps a core has
-  // under way. x goes from one to the other in y: where rows lie far apart, raw would come from L2
-  // twice.
+  // under way. x goes from one to the other in delta: where rows lie far apart, raw would come from
+  // L2 twice.
   for (int64_t t = 0; t < steps; ++t) {
-    y[t] = raw[t] + bias;
-    source[t] = ExpMinusMagnitude<T>(y[t]);
+    const Vec<T> x = delta[t] = raw[t] + bias;
+    source[t] = ExpMinusMagnitude<T>(x);
   }
   for (int64_t t = 0; t < steps; ++t) {
-    const Vec<T> x = y[t], exp = source[t];
+    const Vec<T> x = delta[t], exp = source[t];
     if (slope) slope[t] = SoftplusSlope<T>(x, exp);
     set(t, Softplus<T>(x, exp));
   }
@@ -787,8 +788,8 @@ void ForwardWithoutDecay(const Forward& p, const Tasks& tasks, int64_t task) {
     return run;
   };
   V *u_scratch = take_run(), *raw_scratch = take_run(), *z_scratch = take_run(),
-    *out_scratch = take_run(), *D_scratch = take_run(), *bias_scratch = take_run(),
-    *exp = take_run(), *gate = take_run();
+    *out_scratch = take_run(), *ungated_scratch = take_run(), *D_scratch = take_run(),
+    *bias_scratch = take_run(), *exp = take_run(), *gate = take_run();
   Projections<N> projections(s, 1, scratch);
   auto read = [&](const Array& from, const Place& at, V* run) {
     return from ? ReadRun<T>(from, at.offset, s.dim, run) : RunOf<T>(run);
@@ -803,6 +804,7 @@ void ForwardWithoutDecay(const Forward& p, const Tasks& tasks, int64_t task) {
     const Rows<T> u = read(o.u, at, u_scratch), raw = read(o.delta, at, raw_scratch);
     const Rows<T> z = read(o.z, at, z_scratch);
     const WritableRows<T> out = WriteRun<T>(p.out, at.offset, s.dim, out_scratch);
+    const WritableRows<T> ungated = WriteRun<T>(p.ungated, at.offset, s.dim, ungated_scratch);
     V product;
     auto set_product = [&](int64_t b) {
       product = V{};
@@ -820,9 +822,11 @@ void ForwardWithoutDecay(const Forward& p, const Tasks& tasks, int64_t task) {
       if (!kSame) set_product(b);
       const V x = raw[b] + bias[b], delta = softplus ? Softplus<T>(x, exp[b]) : x;
       const V y = (D[b] + product * delta) * u[b];
+      if (p.ungated) ungated.Set(b, y);
       out.Set(b, o.z ? y * gate[b] : y);
     }
     FinishRun<T>(out_scratch, p.out, at.offset, s.dim);
+    if (p.ungated) FinishRun<T>(ungated_scratch, p.ungated, at.offset, s.dim);
   };
 
   for (s.batch = s.first_row; s.batch < s.last_row; ++s.batch)
@@ -907,16 +911,20 @@ void ForwardTask(const Forward& p, const Tasks& tasks, int64_t task) {
         StoreNumbers(state + b * dstate, dstate, channels, p.states, s.Saved(channel, chunk));
       LoadInputs<T>(s, D[b], bias[b], channel, channels, t0, walk.steps, in);
       const Place at = s.Sequence(channel, t0);
-      const Prefetch next =
-          NextBlock<T>(s, b, t0, p.reverse ? -p.chunk : p.chunk, {o.u, o.delta, o.z, p.out});
+      const Prefetch next = NextBlock<T>(s, b, t0, p.reverse ? -p.chunk : p.chunk,
+                                         {o.u, o.delta, o.z, p.out, p.ungated});
       projections.With(b, [&](auto B, auto C) { run_block(walk, b, next, B, C); });
       const V *y = in.y, *gate = in.gate;
       const WritableRows<T> out = WriteTile<T>(p.out, at, channels, in.y);
+      // The walk has no more need of delta.
+      const WritableRows<T> ungated = WriteTile<T>(p.ungated, at, channels, in.delta);
       for (int64_t t = 0; t < walk.steps; ++t) {
         const V whole = N::kComplex ? T(2) * y[t] : y[t];
+        if (p.ungated) ungated.Set(t, whole);
         out.Set(t, gate ? whole * gate[t] : whole);
       }
       FinishTile<T>(in.y, walk.steps, channels, p.out, at);
+      if (p.ungated) FinishTile<T>(in.delta, walk.steps, channels, p.ungated, at);
     });
   };
 
@@ -966,15 +974,15 @@ void BackwardTask(const Backward& p, const Tasks& tasks, const Workspace& worksp
   const int64_t dC_count = p.C_varies ? p.chunk * dstate : channel_states;
   N* dB = scratch.Take<N>(dB_count);
   N* dC = scratch.Take<N>(dC_count);
-  V* rows = scratch.Take<V>(10 * p.chunk);
+  V* rows = scratch.Take<V>(9 * p.chunk);
   auto take_rows = [&] {
     V* first = rows;
     rows += p.chunk;
     return first;
   };
-  BlockInputs<T> in{take_rows(), take_rows(), take_rows(), take_rows(), nullptr, take_rows()};
-  V *y = in.y, *dy = take_rows(), *gate = take_rows(), *d_delta = take_rows(),
-    *d_source = take_rows(), *d_u = take_rows();
+  BlockInputs<T> in{take_rows(), take_rows(), take_rows(), nullptr, nullptr, take_rows()};
+  V *dy = take_rows(), *d_z = take_rows(), *d_delta = take_rows(), *d_source = take_rows(),
+    *d_u = take_rows();
   History<N> history{scratch.Take<N>((p.chunk + 1) * kMost), scratch.Take<N>(p.chunk * kMost)};
   V* D = scratch.Take<V>(blocks);
   V* bias = scratch.Take<V>(blocks);
@@ -1011,8 +1019,6 @@ void BackwardTask(const Backward& p, const Tasks& tasks, const Workspace& worksp
         if (n0 == 0) next.Row(i);
         const V delta = in.delta[t], source = in.source[t];
         const auto B_t = B.From(t, n0);
-        const auto C_t = C.From(t, n0);
-        V sum = y[t];
         N* after = history.states + (i + 1) * kCount;
         N* decays = history.decays + i * kCount;
         if (restarts[t]) {
@@ -1029,11 +1035,7 @@ void BackwardTask(const Backward& p, const Tasks& tasks, const Workspace& worksp
           }
         }
 #pragma GCC unroll 8
-        for (int n = 0; n < kCount; ++n) {
-          after[n] = values[n];
-          sum += RealOfProduct(C_t[n], values[n]);
-        }
-        y[t] = sum;
+        for (int n = 0; n < kCount; ++n) after[n] = values[n];
       }
 
       N sums[kCount];
@@ -1104,22 +1106,25 @@ void BackwardTask(const Backward& p, const Tasks& tasks, const Workspace& worksp
         LoadNumbers(o.initial_state, s.State(channel), dstate, channels, entry);
       else
         std::fill_n(entry, dstate, N{});
-      LoadInputs<T>(s, N::kComplex ? T(0.5) * D[b] : D[b], bias[b], channel, channels, t0,
-                    walk.steps, in);
+      LoadInputs<T>(s, D[b], bias[b], channel, channels, t0, walk.steps, in);
       const Rows<T> d_out = ReadTile<T>(p.out_cotangent, at, walk.steps, channels, dy);
       if (o.z) {
-        const Rows<T> z_rows = ReadTile<T>(o.z, at, walk.steps, channels, gate);
+        const Rows<T> z_rows = ReadTile<T>(o.z, at, walk.steps, channels, d_z);
+        const Rows<T> ungated = ReadTile<T>(p.ungated, at, walk.steps, channels, d_u);
+        const WritableRows<T> to_z = WriteTile<T>(p.cotangents.z, at, channels, d_z);
         for (int64_t t = 0; t < walk.steps; ++t) {
           const V z = z_rows[t], sigmoid = Sigmoid<T>(z), d = d_out[t];
-          gate[t] = d * sigmoid * (T(1) + z * (T(1) - sigmoid));  // the derivative of silu
+          const V slope = sigmoid * (T(1) + z * (T(1) - sigmoid));  // of silu
+          to_z.Set(t, d * slope * ungated[t]);
           dy[t] = d * (z * sigmoid);
         }
+        FinishTile<T>(d_z, walk.steps, channels, p.cotangents.z, at);
       } else {
         for (int64_t t = 0; t < walk.steps; ++t) dy[t] = d_out[t];
       }
-      const Prefetch next = NextBlock<T>(
-          s, b, t0, p.reverse ? p.chunk : -p.chunk,
-          {o.u, o.delta, o.z, p.out_cotangent, p.cotangents.u, p.cotangents.delta, p.cotangents.z});
+      const Prefetch next = NextBlock<T>(s, b, t0, p.reverse ? p.chunk : -p.chunk,
+                                         {o.u, o.delta, o.z, p.ungated, p.out_cotangent,
+                                          p.cotangents.u, p.cotangents.delta, p.cotangents.z});
       // y = 2 Re sum C h for complex numbers: the walk sees its cotangent doubled.
       if constexpr (N::kComplex)
         for (int64_t t = 0; t < walk.steps; ++t) dy[t] = T(2) * dy[t];
@@ -1142,12 +1147,6 @@ void BackwardTask(const Backward& p, const Tasks& tasks, const Workspace& worksp
       d_bias[b] = bias_sum;
       FinishTile<T>(d_u, walk.steps, channels, p.cotangents.u, at);
       FinishTile<T>(d_delta, walk.steps, channels, p.cotangents.delta, at);
-      if (o.z) {
-        const WritableRows<T> to_z = WriteTile<T>(p.cotangents.z, at, channels, gate);
-        for (int64_t t = 0; t < walk.steps; ++t)
-          to_z.Set(t, gate[t] * (N::kComplex ? T(2) * y[t] : y[t]));
-        FinishTile<T>(gate, walk.steps, channels, p.cotangents.z, at);
-      }
     });
     if (p.B_varies) store_partial(dB, workspace.B, t0, walk.steps);
     if (p.C_varies) store_partial(dC, workspace.C, t0, walk.steps);

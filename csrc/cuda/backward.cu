@@ -1,5 +1,5 @@
 // Backward of regular elements without segments and with 16 states or fewer, which is what most
-// scans are, but for what is in backward_rest.cu because it spills.
+// scans are.
 #include "cuda/backward.cuh"
 
 namespace jax_sscan::gpu {
@@ -13,10 +13,13 @@ BackwardLauncher Launcher(const Plan& plan) {
     case 320:
       return Launch<float, 2, 8, 2, 320, 160, false, kElements, kLayout>;
     case 256:
-      if constexpr (kElements != Elements::kFloat)
-        return Launch<float, 4, 4, 2, 256, 128, false, kElements, kLayout>;
+      if constexpr (kElements == Elements::kFloat && kLayout == Layout::kTimeLast)
+        if (plan.in_quads)
+          return Launch<float, 4, 4, 2, 256, 128, false, kElements, kLayout, false, true>;
+      return Launch<float, 4, 4, 2, 256, 128, false, kElements, kLayout>;
+    default:
+      return LaunchBackwardRest;
   }
-  return LaunchBackwardRest;
 }
 
 BackwardLauncher LauncherOf(const Backward& p, const Plan& plan) {

@@ -11,12 +11,13 @@
 // end. kWalkers of its threads walk: a channel's states lie on kLanes lanes, kStates on each, and a
 // lane serves kPerLane adjacent channels, which share the loads of B and C and half of the sums.
 // For each tile: forward from the saved state, every state kept in registers, then back. kStagers
-// more make ready what the next tile needs (softplus, gate, B and C, the saved states), and what
-// the last one left they finish: the gradients of elements, and the block's sums over channels. So
-// walkers need few enough registers for one more warp to a scheduler, wait for no global memory,
-// and one kind's waits are the other's time. All meet twice a tile: before the walk, and before its
-// way back, which makes sums over channels anew. More states than kStates * kLanes are taken in
-// turn, tile by tile, and wait in the workspace.
+// more make ready what the next tile needs (softplus, gate, B and C, the saved states), and finish
+// the gradients of elements that the last one left; that of z, which the output before the gate
+// gives, they store at once. So walkers need few enough registers for one more warp to a scheduler,
+// wait for no global memory, and one kind's waits are the other's time. All meet once a tile,
+// before the walk, and walkers once more before its way back, which makes sums over channels anew:
+// those of the last tile they have added up first, since stagers have more to do than they. More
+// states than kStates * kLanes are taken in turn, tile by tile, and wait in the workspace.
 //
 // The more states a lane has the fewer are its instructions for each, and the more of them have to
 // be kept: with 8, a tile is taken in halves, and the states of the first are put into shared
@@ -24,7 +25,7 @@
 // may be 0: then walkers stage and finish between their steps, on the way forward, where few states
 // are kept yet, they finish, and in the second half of the way back they stage.
 //
-// Code has its price: what walkers and stagers go through for a tile is 40 to 47 KB, more than a
+// Code has its price: what walkers and stagers go through for a tile is 35 to 45 KB, more than a
 // multiprocessor's cache of instructions holds, and what it lacks comes from one that a dozen of
 // them share. Unrolled as far as it could be it was 70 KB, and a fifth slower or not by where it
 // happened to lie. Hence stagers' loops over pairs are rolled.
@@ -37,8 +38,8 @@
 // comes first and needs no select. Nothing is added atomically: blocks write partial sums, and a
 // second kernel adds them in order.
 //
-// Cost per (b, d, t, n): two exp2, 13 multiplies and FMAs, about 4 instructions of sums, and 5
-// registers to and from shared memory, 25 instructions in all with 2 states and 2 channels to a
+// Cost per (b, d, t, n): two exp2, 12 multiplies and FMAs, about 3 instructions of sums, and 5
+// registers to and from shared memory, 23 instructions in all with 2 states and 2 channels to a
 // lane, 21 with 4. Per (b, d, t): staging and finishing, about 100 instructions.
 #pragma once
 
@@ -65,7 +66,10 @@ struct BackwardShared {
   // to be on either scheduler where two walk and not three, for which one more stands in a place.
   static constexpr int kIdle = kWalkers == 10 * kWarp && kStagers ? kWarp : 0;
   static constexpr int kThreads = kWalkers + kStagers + kIdle;
-  using Sequences = Tile<kStaging, kChannels, 2, kElements, kLayout, false, kQuads>;
+  // With many states to a lane, stagers have registers to spare and shared memory has no room.
+  static constexpr bool kCrowded = kStagers && kStates * kPerLane > 4;
+  using Sequences = Tile<kStaging, kChannels, 2, kElements, kLayout, kCrowded, kQuads>;
+  static_assert(Sequences::template Skew<float>() == 0);
   using Projections = Tile<kStaging, kGroup * kParts, 4, kElements, kLayout>;
   static constexpr int kStep = Sequences::kRow, kRow = Projections::kRow / kParts;
   static constexpr int kRows = kVary || kTile > kChannels ? kTile : kChannels;
@@ -78,30 +82,22 @@ struct BackwardShared {
   // and 2.
   static constexpr int kCopy = kRows * kRow + (kStates == 4 ? 8 : 16);
   static constexpr int kPairs = Sequences::kCount * kStaging;
-  // With many states to a lane, stagers have registers to spare and shared memory has no room.
-  static constexpr bool kCrowded = kStagers && kStates * kPerLane > 4;
   // What spares stagers instructions for shared memory, whose queue they share with walkers. It
-  // costs registers or room, and which kernels gain by it was measured: for u to lie beside dy, so
-  // that both are found at once; for delta_bias and D of a thread's lines to be in registers; for
-  // its sums of dD and d_bias to be there; and for the loop over sums over channels to be unrolled.
+  // costs registers, and which kernels gain by it was measured: for delta_bias and D of a thread's
+  // lines to be in registers, and for its sums of dD and d_bias to be there.
   static constexpr bool kLinesLast = kStagers && kLayout == Layout::kChannelLast;
-  static constexpr bool kIsFloat = kElements == Elements::kFloat;
-  static constexpr bool kWithInput = kLinesLast && !kCrowded && kIsFloat;
-  static constexpr bool kKeepsVectors = kLinesLast && kCrowded != kIsFloat;
+  static constexpr bool kKeepsVectors = kLinesLast && !kCrowded && !kWaits;
+  // Walkers may overwrite sums over channels a step later than they set out on their way back. Who
+  // gains by meeting only then was measured, too.
+  static constexpr bool kMeetsLate =
+      kLinesLast && !kCrowded && (kIdle || (IsRegular(kElements) && kElements != Elements::kFloat));
   static constexpr bool kKeepsSums =
       kCrowded ||
       (kLinesLast && (IsRegular(kElements) || (kElements == Elements::kMixed && !kWaits)));
-  static constexpr bool kUnrollsSums = kLinesLast && kIdle && !kIsFloat;
   struct Staged {
     alignas(16) float2 steps[Sequences::kCells];  // delta, delta * u
-    alignas(16) std::conditional_t<kWithInput, float2, float> dy[Sequences::kCells];
+    alignas(16) float dy[Sequences::kCells];
     uint32_t restarts;
-    __device__ float Dy(int cell) const {
-      if constexpr (kWithInput)
-        return dy[cell].x;
-      else
-        return dy[cell];
-    }
   };
   struct StagedProjections {
     alignas(16) Number B[kCopies * kCopy];
@@ -122,15 +118,14 @@ struct BackwardShared {
   static constexpr int kHalves = kCrowded ? 2 : 1, kSteps = kTile / kHalves;
   alignas(16) float4 early[kCrowded ? kSteps - 1 : 1][kCrowded ? kStates * kPerLane / 4 : 1]
                           [kCrowded ? kWalkers : 1];
-  // What the gradients of a pair need again: u and slopes, and gates; or, where u lies with dy,
-  // gates and slopes. Stagers of crowded walkers have registers for it.
+  // What the gradients of a pair need again: u and slopes. Stagers of crowded walkers have
+  // registers for it.
   alignas(16) float4 kept[2][kCrowded ? 1 : kPairs];
-  alignas(16) float2 gates[2][kCrowded || kWithInput ? 1 : kPairs];
-  // d(delta u), d(delta), y: sums over n. Stagers finish one tile's while the next are made.
+  // d(delta u), d(delta): sums over n. Stagers finish one tile's while the next are made.
   static constexpr int kBuffers = kStagers ? 2 : 1;
   // Groups of states add to theirs in turn: where lanes hold the same sum, all but one have a cell
   // of their own for it, since a branch would keep steps apart.
-  static constexpr int kAllSums = 3 * kSums + (kWaits ? kWalkers : 0);
+  static constexpr int kAllSums = 2 * kSums + (kWaits ? kWalkers : 0);
   alignas(16) float sums[kBuffers][kAllSums];
   // Each warp's sums over its channels: state, (dB, dC), part. What a warp adds up at once lies on
   // different banks: the states of two steps, or, where time is last, sixteen steps of two.
@@ -153,18 +148,19 @@ struct BackwardShared {
                                     : Sequences::kCount / 2;
   static constexpr int kBatches = Sequences::kCount / kBatch;
   static_assert(kBatches * kBatch == Sequences::kCount);
-  // What comes next, as it lies in memory: u, delta, z, cotangent of out; B, C. For want of room
-  // it may be a batch instead of a tile.
+  // What comes next, as it lies in memory: u, delta, z, cotangent of out, output before the gate;
+  // B, C. For want of room it may be a batch instead of a tile.
   static constexpr bool kInBatches = kCrowded && kBatches > 1;
+  // Regular sequences are copied 16 bytes at a time where there is a slot for all of a tile.
+  static constexpr bool kSharesSlots = kStagers && IsRegular(kElements) && !kInBatches;
   static_assert(!kQuads || kBatch % 2 == 0);
-  alignas(16) typename Sequences::Slot next_sequences[4][kInBatches ? kBatch * kStaging : kPairs];
+  alignas(16) typename Sequences::Slot next_sequences[5][kInBatches ? kBatch * kStaging : kPairs];
   typename Projections::Slot next_projections[2][Projections::kCount * kStaging];
 };
 
-// What the gradients of a pair of elements need again: u, the slope of softplus, and the cotangent
-// of out times the slope of silu.
+// What the gradients of a pair of elements need again: u, and the slope of softplus.
 struct Kept {
-  float2 input, slope, d_gate;
+  float2 input, slope;
 };
 
 __device__ inline void Split(float x, float* to) { to[0] = x; }
@@ -237,6 +233,7 @@ __global__ void __launch_bounds__(
     load(o.delta, 1);
     load(o.z, 2, has_z);
     load(p.out_cotangent, 3);
+    load(p.ungated, 4, has_z);
   };
   // Batches are loaded in order, tile by tile.
   auto load_batch = [&](const Rows& rows, int batch) {
@@ -260,40 +257,52 @@ __global__ void __launch_bounds__(
   // Whether channels are aligned to so many numbers, which are then copied at once.
   const bool wide = kStagers && p.dim % kWide == 0 && block.first_channel % kWide == 0 &&
                     block.channels % kWide == 0;
+  auto saved_before = [&](int tile, int group) {
+    const int64_t slot =
+        block.row * (plan.tiles - 1) + (p.reverse ? plan.tiles - 1 - tile : tile - 1);
+    return TransposedIndex(p, block, slot, 0, group * kGroup);
+  };
+  int64_t next_states = saved_before(last_tile - 1, 0);
   auto load_states = [&](int tile, int group, int turn) {
     const bool first = tile == 0;
     const Array& array = first ? o.initial_state : p.states;
-    const int64_t slot =
-        block.row * (plan.tiles - 1) + (p.reverse ? plan.tiles - 1 - tile : tile - 1);
-    const int64_t at = first ? StateIndex(p, block, 0, group * kGroup)
-                             : TransposedIndex(p, block, slot, 0, group * kGroup);
-    const int64_t of_state = first ? 1 : p.dim, of_channel = first ? p.dstate : 1;
     const int states_there =
         tile >= 0 && array.data ? static_cast<int>(p.dstate) - group * kGroup : 0;
-    auto copy = [&](auto numbers) {
-      constexpr int kNumbers = decltype(numbers)::value, kOfRow = kChannels / kNumbers;
-      static_assert(kChannels % kNumbers == 0);
-#pragma unroll 1
-      for (int i = stager; i < kGroup * kOfRow; i += Shared::kStaging) {
-        const int n = i / kOfRow, channel = i % kOfRow * kNumbers;
-        CopyAsync<kNumbers * sizeof(Number)>(
-            &shared.entering[turn][Shared::Entering(n, channel)],
-            static_cast<const Number*>(array.data) + at + n * of_state + channel * of_channel,
-            n < states_there && channel < block.channels ? kNumbers * sizeof(Number) : 0);
-      }
+    auto copy = [&](auto numbers, int n, int channel, int64_t from) {
+      constexpr int kBytes = decltype(numbers)::value * sizeof(Number);
+      const bool exists = n < states_there && channel < block.channels;
+      CopyAsync<kBytes>(&shared.entering[turn][Shared::Entering(n, channel)],
+                        static_cast<const Number*>(array.data) + from, exists ? kBytes : 0);
     };
-    if (wide && !first)
-      copy(std::integral_constant<int, kWide>());
-    else
-      copy(std::integral_constant<int, 1>());
+    if (wide && !first) {
+      // So many threads to a state, each with quads that are evenly spaced.
+      constexpr int kAbreast = kStagers ? Shared::kStaging / kGroup : 1, kSpace = kAbreast * kWide;
+      const int n = stager / kAbreast, channel = stager % kAbreast * kWide;
+      const int64_t from = (waits ? saved_before(tile, group) : next_states) + n * p.dim + channel;
+#pragma unroll
+      for (int more = 0; more < kChannels; more += kSpace)
+        if (kChannels % kSpace == 0 || channel + more < kChannels)
+          copy(std::integral_constant<int, kWide>(), n, channel + more, from + more);
+    } else {
+      const int64_t at =
+          first ? StateIndex(p, block, 0, group * kGroup) : saved_before(tile, group);
+      const int64_t of_state = first ? 1 : p.dim, of_channel = first ? p.dstate : 1;
+#pragma unroll 1
+      for (int i = stager; i < kGroup * kChannels; i += Shared::kStaging) {
+        const int n = i / kChannels, channel = i % kChannels;
+        copy(std::integral_constant<int, 1>(), n, channel,
+             at + n * of_state + channel * of_channel);
+      }
+    }
+    next_states -= p.reverse ? -p.dstate * p.dim : p.dstate * p.dim;
   };
   // No branches in what follows: they would keep steps and staging apart.
   struct Pair {
-    uint2 u, delta, z, out_cotangent;
+    uint2 u, delta, z, out_cotangent, ungated;
   };
   auto take_sequences = [&](Place slot) {
     auto take = [&](int i) { return sequences.Take(shared.next_sequences[i], slot); };
-    return Pair{take(0), take(1), take(2), take(3)};
+    return Pair{take(0), take(1), take(2), take(3), take(4)};
   };
   struct ProjectionPair {
     uint2 B, C;
@@ -312,15 +321,21 @@ __global__ void __launch_bounds__(
     else
       return sequences.OfLines(lines, k);
   };
-  auto stage_sequences = [&](const Rows& rows, Place k, const Pair& pair, Staged& to) -> Kept {
+  // Where the tile that is finished next begins.
+  int64_t finished = sequences.At(rows_of(last_tile - 1)) + sequences.Stride();
+  // at: where the tile begins. The gradient of z needs nothing of the walk.
+  auto stage_sequences = [&](const Rows& rows, int64_t at, Place k, const Pair& pair,
+                             Staged& to) -> Kept {
     if (!sequences.Mine(k)) return {};
     const float2 input = sequences.Widen(pair.u, k, o.u);
     float2 dy = sequences.Widen(pair.out_cotangent, k, p.out_cotangent);
     const float2 x = sequences.Widen(pair.z, k, o.z);
+    const float2 ungated = sequences.Widen(pair.ungated, k, p.ungated);
     const float2 sigmoid{Sigmoid<kExact<kElements>>(x.x), Sigmoid<kExact<kElements>>(x.y)};
-    // The derivative of silu.
+    // By the derivative of silu.
     const float2 d_gate{dy.x * (sigmoid.x * fmaf(x.x, 1.0f - sigmoid.x, 1.0f)),
                         dy.y * (sigmoid.y * fmaf(x.y, 1.0f - sigmoid.y, 1.0f))};
+    sequences.Store(ct.z, at, rows, k, d_gate.x * ungated.x, d_gate.y * ungated.y, has_z);
     dy = {has_z ? dy.x * (x.x * sigmoid.x) : dy.x, has_z ? dy.y * (x.y * sigmoid.y) : dy.y};
     float2 delta = sequences.Widen(pair.delta, k, o.delta);
     const float2 bias = of_lines(shared.vectors.delta_bias, kept_bias, k);
@@ -334,11 +349,8 @@ __global__ void __launch_bounds__(
     slope = {has_first ? slope.x : 0.0f, has_second ? slope.y : 0.0f};
     sequences.Put(to.steps, k, {delta.x, delta.x * input.x}, {delta.y, delta.y * input.y});
     // y = 2 Re sum C h for complex numbers: the walk sees its cotangent doubled.
-    if constexpr (Shared::kWithInput)
-      sequences.Put(to.dy, k, {dy.x * kParts, input.x}, {dy.y * kParts, input.y});
-    else
-      sequences.Put(to.dy, k, dy.x * kParts, dy.y * kParts);
-    return {input, slope, d_gate};
+    sequences.Put(to.dy, k, dy.x * kParts, dy.y * kParts);
+    return {input, slope};
   };
   // In registers: of the tile that was staged last, and of the one before.
   [[maybe_unused]] Kept kept_of_staged[kPairs] = {}, kept_of_walked[kPairs] = {};
@@ -347,20 +359,14 @@ __global__ void __launch_bounds__(
       kept_of_staged[k.Number()] = kept;
     } else if (sequences.Mine(k)) {
       const int place = sequences.Index(k);
-      const float2& first = Shared::kWithInput ? kept.d_gate : kept.input;
-      shared.kept[buffer][place] = float4{first.x, first.y, kept.slope.x, kept.slope.y};
-      if constexpr (!Shared::kWithInput) shared.gates[buffer][place] = kept.d_gate;
+      shared.kept[buffer][place] = {kept.input.x, kept.input.y, kept.slope.x, kept.slope.y};
     }
   };
   auto kept = [&](int buffer, Place k) {
     if constexpr (Shared::kCrowded) return kept_of_walked[k.Number()];
     const int place = sequences.Mine(k) ? sequences.Index(k) : 0;
     const float4 x = shared.kept[buffer][place];
-    const float2 first{x.x, x.y}, slope{x.z, x.w};
-    if constexpr (Shared::kWithInput)
-      return Kept{{}, slope, first};
-    else
-      return Kept{first, slope, shared.gates[buffer][place]};
+    return Kept{{x.x, x.y}, {x.z, x.w}};
   };
   auto stage_varying = [&](int k, const ProjectionPair& pair, StagedProjections& to) {
     auto stage = [&](const Array& from, uint2 raw, Number* at) {
@@ -402,9 +408,9 @@ __global__ void __launch_bounds__(
   // The block's sums over channels, into its own part of the workspace.
   auto finish_projections = [&](const Rows& rows, int group, int turn) {
     constexpr int kSums = kTile * kGroup;
-#pragma unroll(kStagers && !Shared::kUnrollsSums ? 1 : kSums)
-    for (int i0 = 0; i0 < kSums; i0 += Shared::kStaging) {
-      const int i = i0 + stager;
+#pragma unroll
+    for (int i0 = 0; i0 < kSums; i0 += kWalkers) {
+      const int i = i0 + thread;
       const int offset = p.channel_last ? i / kGroup : i % kTile;
       const int n = p.channel_last ? i % kGroup : i / kTile;
       if (i >= kSums || offset >= rows.steps || group * kGroup + n >= p.dstate) continue;
@@ -435,7 +441,6 @@ __global__ void __launch_bounds__(
       }
     }
   };
-  int64_t finished = sequences.At(rows_of(last_tile - 1)) + sequences.Stride();
   using VectorSum = typename Shared::VectorSum;
   [[maybe_unused]] VectorSum vector_sums[Shared::kVectorSums] = {};
   auto vector_sum = [&](Place k) -> VectorSum& {
@@ -449,25 +454,19 @@ __global__ void __launch_bounds__(
                     const float* sums) {
     if (!sequences.Mine(k)) return;
     const float2 D = of_lines(shared.vectors.D, kept_D, k);
-    const float2 slope = kept.slope, d_gate = kept.d_gate;
-    const float2 delta{from.steps[sequences.Cell(k, 0)].x, from.steps[sequences.Cell(k, 1)].x};
-    float2 input = kept.input, dy;
-    if constexpr (Shared::kWithInput) {
-      const float4 both = sequences.Get(from.dy, k);
-      dy = {both.x, both.z}, input = {both.y, both.w};
-    } else {
-      dy = sequences.Get(from.dy, k);
-    }
+    const float2 slope = kept.slope;
+    const float2 delta{from.steps[sequences.WideCell(k, 0)].x,
+                       from.steps[sequences.WideCell(k, 1)].x};
+    const float2 input = kept.input;
+    float2 dy = sequences.Get(from.dy, k);
     dy = {dy.x * (1.0f / kParts), dy.y * (1.0f / kParts)};
-    const float2 d_input = sequences.Get(sums, k), y = sequences.Get(sums + 2 * Shared::kSums, k);
+    const float2 d_input = sequences.Get(sums, k);
     float2 d_delta = sequences.Get(sums + Shared::kSums, k);
     sequences.Store(ct.u, finished, rows, k, fmaf(d_input.x, delta.x, D.x * dy.x),
                     fmaf(d_input.y, delta.y, D.y * dy.y));
     d_delta = {fmaf(d_input.x, input.x, d_delta.x * kRateUnit) * slope.x,
                fmaf(d_input.y, input.y, d_delta.y * kRateUnit) * slope.y};
     sequences.Store(ct.delta, finished, rows, k, d_delta.x, d_delta.y);
-    sequences.Store(ct.z, finished, rows, k, d_gate.x * fmaf(kParts, y.x, D.x * input.x),
-                    d_gate.y * fmaf(kParts, y.y, D.y * input.y), has_z);
     // Nothing was walked yet before the first tile; stagers do not come here then.
     if (!kStagers && rows.steps == 0) return;
     auto& sum = vector_sum(k);
@@ -509,19 +508,48 @@ __global__ void __launch_bounds__(
       reinterpret_cast<float*>(base + workspace.d_bias)[to] = bias;
     }
   };
-  if (0 <= stager && stager < Shared::kStaging) {
+  auto begin_staging = [&] {
 #pragma unroll
     for (int k = 0; k < Shared::kVectorSums; ++k) vector_sum(k) = {};
     for (int batch = 0; batch < (Shared::kInBatches ? 1 : kBatches); ++batch)
-      load_batch(rows_of(last_tile - 1), batch);
+      if (!Shared::kSharesSlots) load_batch(rows_of(last_tile - 1), batch);
     load_states(last_tile - 1, 0, 0);
     load_projections(rows_of(last_tile - 1), 0);
-  }
-  __syncthreads();
-
-  if (thread >= kWalkers + kStagers) return;
+  };
+  if (!kStagers) begin_staging();
   if constexpr (kStagers > 0) {
+    if (thread >= kWalkers + kStagers) {
+      __syncthreads();
+      return;
+    }
     if (thread >= kWalkers) {
+      // Copies of 16 bytes are of whoever comes first, not of those who stage them: they are sent
+      // when all are done with the last ones, while walkers are on their way forward and stagers
+      // have time, and stagers meet before they take them.
+      constexpr bool kSharesSlots = Shared::kSharesSlots;
+      auto quads = [&] {
+        if constexpr (kSharesSlots)
+          return EvenCopies<Sequences>(SequenceLines(p, block), rows_of(last_tile - 1).t0, stager);
+        else
+          return 0;
+      }();
+      [[maybe_unused]] auto send_sequences = [&](const Rows& rows) {
+        if constexpr (kSharesSlots) {
+          if (plan.in_quads && rows.steps == kTile) {
+            auto& to = shared.next_sequences;
+            quads.Send(o.u, to[0]), quads.Send(o.delta, to[1]), quads.Send(o.z, to[2], has_z);
+            quads.Send(p.out_cotangent, to[3]), quads.Send(p.ungated, to[4], has_z);
+            next_sequences -= sequences.Stride();
+          } else {
+            for (int batch = 0; batch < kBatches; ++batch) load_batch(rows, batch);
+          }
+          quads.Advance(-sequences.Stride());
+        }
+        SendCopies();
+      };
+      if (kSharesSlots) send_sequences(rows_of(last_tile - 1));
+      begin_staging();
+      __syncthreads();
       int turn = 0;  // of the projections that are staged
       if constexpr (kKeepsVectors)
 #pragma unroll
@@ -534,8 +562,11 @@ __global__ void __launch_bounds__(
         Staged& to = shared.sequences[parity];
         const bool last_group = group + 1 == groups;
         const Rows rows = rows_of(tile), next = rows_of(last_group ? tile - 1 : tile);
+        const int64_t staged = finished - sequences.Stride();
         WaitForCopies();
-        sequences.MeetForCopies();
+        // Also where each takes what it sent for itself: they meet as often as walkers do, for it
+        // is by counting that racecheck tells what was before and what after.
+        Meet<kStagers, 3>();
         // Taken into registers before the next ones are sent to the same place.
         ProjectionPair raw_projections[kProjectionPairs];
 #pragma unroll
@@ -552,10 +583,14 @@ __global__ void __launch_bounds__(
               WaitForCopies();
               sequences.MeetForCopies();
             }
-            if (group == 0)
+            // Those of crowded walkers have no registers for all, and need not hurry where what
+            // comes next is sent later.
+            constexpr bool kTakesLate = Shared::kCrowded && kSharesSlots;
+            auto take = [&](int i) { raw[i] = take_sequences(slot_of(batch, i)); };
+            if (!kTakesLate && group == 0)
 #pragma unroll
-              for (int i = 0; i < kBatch; ++i) raw[i] = take_sequences(slot_of(batch, i));
-            if (last_group) {
+              for (int i = 0; i < kBatch; ++i) take(i);
+            if (!kSharesSlots && last_group) {
               sequences.MeetForCopies();
               const bool later = Shared::kInBatches && batch + 1 < kBatches;
               load_batch(later ? rows : next, Shared::kInBatches ? (batch + 1) % kBatches : batch);
@@ -565,7 +600,8 @@ __global__ void __launch_bounds__(
 #pragma unroll
               for (int i = 0; i < kBatch; ++i) {
                 const Place k = Place::template InGroup<kBatch>(batch, i);
-                keep(parity, k, stage_sequences(rows, k, raw[i], to));
+                if (kTakesLate) take(i);
+                keep(parity, k, stage_sequences(rows, staged, k, raw[i], to));
               }
           }
           if (group == 0) {
@@ -594,18 +630,12 @@ __global__ void __launch_bounds__(
           Meet<kWalkers + kStagers>();
           const bool last_group = group + 1 == groups;
           load_states(last_group ? tile - 1 : tile, last_group ? 0 : group + 1, turn);
-          SendCopies();
-          const Rows previous = rows_of(tile + 1);
-          finish_projections(group ? rows_of(tile) : previous, group ? group - 1 : groups - 1,
-                             turn);
-          // Where there are two, stagers meet as often as walkers do all the same: it is by
-          // counting that racecheck tells what was before and what after.
-          if constexpr (Shared::kSetsOfSums == 1)
-            Meet<kWalkers + kStagers, 2>();
+          if (kSharesSlots && last_group)
+            send_sequences(rows_of(tile - 1));
           else
-            Meet<kStagers, 2>();
+            SendCopies();
           if (group > 0) continue;
-          finish_pairs(previous, 1 - parity);
+          finish_pairs(rows_of(tile + 1), 1 - parity);
           finished -= sequences.Stride();
 #pragma unroll
           for (int k = 0; k < kPairs; ++k) kept_of_walked[k] = kept_of_staged[k];
@@ -615,13 +645,13 @@ __global__ void __launch_bounds__(
       for (int tile = last_tile - 1; tile >= first_tile; --tile, parity ^= 1)
         take_turns(tile, parity);
       Meet<kWalkers + kStagers>();
-      finish_projections(rows_of(first_tile), groups - 1, turn ^ 1);
       finish_pairs(rows_of(first_tile), parity ^ 1);
       finish_vectors();
       return;
     }
   }
 
+  __syncthreads();
   const int walker = LanePlace(thread), lane = walker % kLanes;
   // Lanes that differ in their channels, and how many of those bits serve to swap states.
   constexpr int kAcross = kWarp / kLanes;
@@ -633,15 +663,14 @@ __global__ void __launch_bounds__(
     if (across >> bit & 1) state_swap |= kStates >> (bit + 1);
   constexpr bool kSwapsChannels = kPerLane == 2 && kLanes > 1;
   const int channel_swap = kSwapsChannels ? lane & 1 : 0;
-  // Bits of a lane's place by which the sums over states part: d_input from d_delta, those from y.
-  constexpr int kSecond = kSwapsChannels ? 2 : 1, kThird = 2 * kSecond;
+  // The bit of a lane's place by which the sums over states part: d_input from d_delta.
+  constexpr int kSecond = kSwapsChannels ? 2 : 1;
   static_assert(kSecond < kLanes);
-  const bool second = lane & kSecond, third = kThird < kLanes && lane & kThird;
+  const bool second = lane & kSecond;
   // Where this lane's sum of the first row goes. Other lanes may hold the same.
-  float* const sums_of_lane = shared.sums[0] +
-                              (third ? 2 : static_cast<int>(second)) * Shared::kSums +
-                              walker / kLanes * kPerLane + channel_swap;
-  [[maybe_unused]] const bool adds = !(second && third) && lane < 2 * kThird;
+  float* const sums_of_lane =
+      shared.sums[0] + second * Shared::kSums + walker / kLanes * kPerLane + channel_swap;
+  [[maybe_unused]] const bool adds = lane < 2 * kSecond;
   auto channel_of = [&](int j) { return walker / kLanes * kPerLane + (j ^ channel_swap); };
   auto state_of = [&](int group, int i) {
     return static_cast<int64_t>(group) * kGroup + lane * kStates + (i ^ state_swap);
@@ -711,7 +740,9 @@ __global__ void __launch_bounds__(
     Staged& to = shared.sequences[0];
 #pragma unroll
     for (int k = 0; k < kPairs; ++k)
-      keep(0, k, stage_sequences(rows_of(last_tile - 1), k, take_sequences(k), to));
+      keep(0, k,
+           stage_sequences(rows_of(last_tile - 1), finished - sequences.Stride(), k,
+                           take_sequences(k), to));
 #pragma unroll
     for (int k = 0; k < kProjectionPairs; ++k)
       stage_varying(k, take_projections(k), shared.projections[0]);
@@ -787,9 +818,14 @@ __global__ void __launch_bounds__(
           load_segments(next);
           stage_restarts(staging);
         }
-        finish_projections(previous, 0, 0);
       }
+      finish_projections(group ? rows_of(tile) : rows_of(tile + 1), group ? group - 1 : groups - 1,
+                         turn ^ 1);
 
+      auto step_start = [](int half, int t) {
+        constexpr int kHalf = Sequences::template RowStart<float2>(Shared::kSteps % kTile);
+        return half * kHalf + Sequences::template RowStart<float2>(t);
+      };
       // B or C of a row, for a lane's states and channels; a fixed one differs between channels.
       auto load = [&](const Number* from, bool varies, int row, Number(&to)[kStates][kPerLane]) {
         if constexpr (kVary) {
@@ -814,7 +850,8 @@ __global__ void __launch_bounds__(
           const int row = half * kSteps + t;
           float2 step[kPerLane];
 #pragma unroll
-          for (int j = 0; j < kPerLane; ++j) step[j] = staged.steps[row * kStep + channel_of(j)];
+          for (int j = 0; j < kPerLane; ++j)
+            step[j] = staged.steps[step_start(half, t) + channel_of(j)];
           Number b[kStates][kPerLane];
           load(staged_projections.B, B_varies, row, b);
           if constexpr (!kStagers)
@@ -833,7 +870,7 @@ __global__ void __launch_bounds__(
       // What a step leaves to be summed over lanes.
       struct Partial {
         float projections[kStates][2][kParts];  // dB, dC
-        float d_input[kPerLane], d_delta[kPerLane], y[kPerLane];
+        float d_input[kPerLane], d_delta[kPerLane];
       };
       auto sum_over_lanes = [&](int t, Partial& partial) {
         // Over channels.
@@ -854,16 +891,15 @@ __global__ void __launch_bounds__(
           }
         }
 
-        // Over states: first the channels part, then d_input and d_delta, then those and y.
+        // Over states: first the channels part, then d_input and d_delta.
         if constexpr (kSwapsChannels) {
           partial.d_input[0] += ExchangePlaces(partial.d_input[kPerLane - 1], 1);
           partial.d_delta[0] += ExchangePlaces(partial.d_delta[kPerLane - 1], 1);
-          partial.y[0] += ExchangePlaces(partial.y[kPerLane - 1], 1);
         }
         auto store = [&](float* to, float x) {
           to += t * kStep;
           if constexpr (kWaits) {
-            float& own = adds ? *to : sums_of_tile[3 * Shared::kSums + walker];
+            float& own = adds ? *to : sums_of_tile[2 * Shared::kSums + walker];
             own = group ? own + x : x;
           } else {
             *to = x;
@@ -871,25 +907,20 @@ __global__ void __launch_bounds__(
         };
         float x = (second ? partial.d_delta[0] : partial.d_input[0]) +
                   ExchangePlaces(second ? partial.d_input[0] : partial.d_delta[0], kSecond);
-        const float sum_y = partial.y[0] + ExchangePlaces(partial.y[0], kSecond);
-        if constexpr (kThird < kLanes) {
-          x = (third ? sum_y : x) + ExchangePlaces(third ? x : sum_y, kThird);
 #pragma unroll
-          for (int rest = 2 * kThird; rest < kLanes; rest *= 2) x += ExchangePlaces(x, rest);
-          store(to_sums, x);
-        } else {
-          static_assert(!kWaits);
-          store(to_sums, x);
-          store(to_sums + (second ? 1 : 2) * Shared::kSums, sum_y);
-        }
+        for (int rest = 2 * kSecond; rest < kLanes; rest *= 2) x += ExchangePlaces(x, rest);
+        store(to_sums, x);
       };
 
       // The sums of the walk before that are made anew now have been used. Where there are two sets
       // a warp meets itself: what the compiler would bring forward from here has no registers.
-      if constexpr (Shared::kSetsOfSums == 1)
-        Meet<kWalkers + kStagers, 2>();
-      else
-        MeetWarp(thread / kWarp + 4);
+      auto meet_for_sums = [&] {
+        if constexpr (Shared::kSetsOfSums == 1)
+          Meet<kWalkers, 2>();
+        else
+          MeetWarp(thread / kWarp + 4);
+      };
+      if (!Shared::kMeetsLate) meet_for_sums();
 
       // A step is summed while the next is computed: the loads of the next come first, since the
       // compiler moves no load across the stores of the sums. The next tile is staged on the way,
@@ -901,7 +932,10 @@ __global__ void __launch_bounds__(
         if (i < 0) return;
         if constexpr (!kStagers) {
           if (i == 0) WaitForCopies();
-          if (i < kPairs) keep(parity ^ 1, i, stage_sequences(next, i, take_sequences(i), staging));
+          if (i < kPairs)
+            keep(parity ^ 1, i,
+                 stage_sequences(next, finished - 2 * sequences.Stride(), i, take_sequences(i),
+                                 staging));
           if (i >= kPairs && i < kJobs)
             stage_varying(i - kPairs, take_projections(i - kPairs), staging_projections);
         }
@@ -919,14 +953,15 @@ __global__ void __launch_bounds__(
           Partial partial;
 #pragma unroll
           for (int j = 0; j < kPerLane; ++j) {
-            step[j] = staged.steps[row * kStep + channel_of(j)];
-            dy[j] = staged.Dy(row * kStep + channel_of(j));
-            partial.d_input[j] = partial.d_delta[j] = partial.y[j] = 0.0f;
+            step[j] = staged.steps[step_start(half, t) + channel_of(j)];
+            dy[j] = staged.dy[row * kStep + channel_of(j)];
+            partial.d_input[j] = partial.d_delta[j] = 0.0f;
           }
           Number b[kStates][kPerLane], c[kStates][kPerLane];
           load(staged_projections.B, B_varies, row, b);
           load(staged_projections.C, C_varies, row, c);
           get_early(half, t);
+          if (Shared::kMeetsLate && t == kSteps - 2) meet_for_sums();
           if (t + 1 < kSteps) sum_over_lanes(row + 1, pending);
           job(t);
           const bool restart = kRestarts && restarts & 1u << row;
@@ -938,7 +973,6 @@ __global__ void __launch_bounds__(
               const Number lambda = MultiplyAdd(c[i][j], dy[j], adjoint[i][j]);
               const Number after = history[t + 1][i][j];
               Number before = history[t][i][j];
-              partial.y[j] = RealMultiplyAdd(c[i][j], after, partial.y[j]);
               partial.d_input[j] = RealMultiplyAdd(lambda, b[i][j], partial.d_input[j]);
               if constexpr (kVary) {
                 dC_t = j ? MultiplyAdd(after, dy[j], dC_t) : after * dy[j];
@@ -975,8 +1009,8 @@ __global__ void __launch_bounds__(
     if constexpr (!kStagers) finished -= sequences.Stride();
   }
   Meet<kWalkers + kStagers>();
+  finish_projections(rows_of(first_tile), groups - 1, turn ^ 1);
   if constexpr (!kStagers) {
-    finish_projections(rows_of(first_tile), 0, 0);
 #pragma unroll
     for (int k = 0; k < kPairs; ++k)
       finish(rows_of(first_tile), k, shared.sequences[parity ^ 1], kept(parity ^ 1, k),

@@ -1,7 +1,5 @@
 // Backward with segments, of mixed dtypes and odd sizes, of more than 16 states, on GPUs with
-// little shared memory, and of everything else; and the regular kernel of float32 that spills,
-// where time is last, 24 to 52 bytes: its blocks of 128 channels leave stagers neither registers
-// nor shared memory to spare.
+// little shared memory, and of everything else.
 #include "cuda/backward.cuh"
 
 namespace jax_sscan::gpu {
@@ -12,12 +10,6 @@ BackwardLauncher Launcher(const Plan& plan, bool has_segments) {
   if constexpr (IsRegular(kElements)) {
     if (!has_segments) {
       if (plan.state_groups > 1) return Launch<float, 2, 8, 2, 384, 128, true, kElements, kLayout>;
-      if constexpr (kElements == Elements::kFloat) {
-        if constexpr (kLayout == Layout::kTimeLast)
-          if (plan.walkers == 256 && plan.in_quads)
-            return Launch<float, 4, 4, 2, 256, 128, false, kElements, kLayout, false, true>;
-        if (plan.walkers == 256) return Launch<float, 4, 4, 2, 256, 128, false, kElements, kLayout>;
-      }
       return Launch<float, 4, 4, 2, 128, 0, false, kElements, kLayout>;
     }
   }

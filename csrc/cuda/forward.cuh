@@ -89,7 +89,7 @@ struct ForwardShared {
   // Numbers of a row of B or C; rows are steps, or channels for a fixed one.
   static constexpr int kRow = Projections::kRow / NumberTraits<Number>::kParts;
   static constexpr int kRows = kVary || kTile > kChannels ? kTile : kChannels;
-  // out = y * x + y for the two elements of a stager's pair, which has registers for few of them.
+  // The gate and D u for the two elements of a stager's pair, which has registers for few of them.
   static constexpr bool kKeepsGates = kOneGroup && Sequences::kCount <= 2;
   // y, which walkers leave in so many parts where there is room, for stagers to add up: they wait
   // for what they exchange between lanes, most of all in a team that is alone. A row has one part
@@ -533,6 +533,7 @@ __global__ void __launch_bounds__(Shared::kMostThreads, Shared::kBlocks)
     // the second, but not those of a team that is alone.
     int64_t finished = sequences.At(rows_of(0));
     Array out = sequences.From(p.out, finished);
+    const bool saves_ungated = p.ungated.data != nullptr;
     // Unless there is a sender.
     [[maybe_unused]] auto send_turn = sends(lines, sequences, projections, stager);
     auto send = [&](int i, int odd) {
@@ -573,8 +574,7 @@ __global__ void __launch_bounds__(Shared::kMostThreads, Shared::kBlocks)
         const float2 x = sequences.Widen(z, k, o.z);
         gate = {x.x * Sigmoid<kExact<kElements>>(x.x), x.y * Sigmoid<kExact<kElements>>(x.y)};
       }
-      return {gate.x * kParts, D[k].x * input.x * gate.x, gate.y * kParts,
-              D[k].y * input.y * gate.y};
+      return {gate.x, D[k].x * input.x, gate.y, D[k].y * input.y};
     };
     // buffer: of turn i.
     auto stage = [&](int i, int buffer) {
@@ -634,7 +634,9 @@ __global__ void __launch_bounds__(Shared::kMostThreads, Shared::kBlocks)
         if (!sequences.Mine(k)) continue;
         const float2 y = y_of(from, k);
         const float4 gate = kKeepsGates ? gates[buffer][k] : from.gates[sequences.Index(k)];
-        const float first = fmaf(y.x, gate.x, gate.y), second = fmaf(y.y, gate.z, gate.w);
+        const float2 ungated{fmaf(y.x, kParts, gate.y), fmaf(y.y, kParts, gate.w)};
+        const float first = ungated.x * gate.x, second = ungated.y * gate.z;
+        if (saves_ungated) sequences.Store(p.ungated, finished, rows, k, ungated.x, ungated.y);
         if constexpr (Shared::kAlone)
           sequences.Store(p.out, finished, rows, k, first, second);
         else

@@ -276,13 +276,13 @@ Elements ElementsOf(const Problem& p, std::initializer_list<Array> arrays) {
 
 Elements ElementsOf(const Forward& p) {
   const Operands& o = p.operands;
-  return ElementsOf(p, {o.u, o.delta, o.B, o.C, o.z, p.out});
+  return ElementsOf(p, {o.u, o.delta, o.B, o.C, o.z, p.out, p.ungated});
 }
 
 Elements ElementsOf(const Backward& p) {
   const Operands &o = p.operands, &ct = p.cotangents;
-  return ElementsOf(
-      p, {o.u, o.delta, o.B, o.C, o.z, p.out_cotangent, ct.u, ct.delta, ct.B, ct.C, ct.z});
+  return ElementsOf(p, {o.u, o.delta, o.B, o.C, o.z, p.ungated, p.out_cotangent, ct.u, ct.delta,
+                        ct.B, ct.C, ct.z});
 }
 
 bool InQuads(const Forward& p) {
@@ -292,7 +292,7 @@ bool InQuads(const Forward& p) {
 
 bool InQuads(const Backward& p) {
   const Operands& o = p.operands;
-  return MovableInQuads(p, {o.u, o.delta, o.z, p.out_cotangent});
+  return MovableInQuads(p, {o.u, o.delta, o.z, p.ungated, p.out_cotangent});
 }
 
 }  // namespace jax_sscan::gpu

@@ -252,6 +252,7 @@ class Tile {
     }
     start_ += offset_ * step_ + line_ * stride_;
     next_element_ = static_cast<Offset>(OffsetTo(kAcross) * step_ + LineTo(kAcross) * stride_);
+    first_slot_ = offset_ * (kLines / 2) + line_ / 2;
     const int row = reversed ? kTile - 1 - offset_ : offset_;
     cell_ = RowStart<float>(row) + line_;
     row_ = reversed ? -kRow : kRow;
@@ -267,6 +268,11 @@ class Tile {
 
   // Of pair k of the calling thread, among all.
   __device__ int Index(Place k) const { return k.Number() * kThreads + thread_; }
+  // In an array of slots: as pairs lie in memory.
+  __device__ int SlotOf(Place k) const {
+    if (kAcross == 1) return Index(k);
+    return first_slot_ + k.row * (kThreads / kNear * (kLines / 2)) + k.across * kNear;
+  }
   __device__ bool Mine(Place k) const { return kPairs % kThreads == 0 || Index(k) < kPairs; }
   // In shared memory, of element e (0 or 1) of pair k. A thread's pairs that are steps are all of
   // the same rows, and of one half of a tile.
@@ -322,7 +328,7 @@ class Tile {
   }
   __device__ void PrefetchPair(const Array& from, int64_t at, const Rows& rows, Slot* slots,
                                Place k, Place slot, bool wanted = true, int first_line = 0) const {
-    Slot* const to = slots + Index(slot);
+    Slot* const to = slots + SlotOf(slot);
     const int64_t i = at + ElementTo(k);
     const bool first = wanted && Exists(k, 0, rows, first_line),
                second = wanted && Exists(k, 1, rows, first_line);
@@ -345,9 +351,9 @@ class Tile {
   }
   __device__ uint2 Take(const Slot* slots, Place k) const {
     if constexpr (sizeof(Slot) == 4)
-      return {slots[Index(k)], 0};
+      return {slots[SlotOf(k)], 0};
     else
-      return slots[Index(k)];
+      return slots[SlotOf(k)];
   }
 
   // What a slot of pair k holds.
@@ -459,7 +465,7 @@ class Tile {
   int64_t start_, step_, stride_;
   Offset next_element_;
   bool reversed_;
-  int count_, offset_, line_, next_offset_, next_line_, cell_, row_;
+  int count_, offset_, line_, next_offset_, next_line_, cell_, row_, first_slot_;
   bool pairs_are_steps_;
 };
 
@@ -474,7 +480,7 @@ class QuadCopies {
   static constexpr int kAll = kArrays * kOfArray;
   static constexpr int kCount = (kAll + kThreads - 1) / kThreads;  // of a thread
   static constexpr int kPair = sizeof(typename Tile::Slot), kPairs = 16 / kPair;
-  static_assert(Tile::kRegular && Tile::kAcross == 1 && kCount <= 32);
+  static_assert(Tile::kRegular && kCount <= 32);
 
  public:
   // From the tile that begins at t0 on.
@@ -535,6 +541,56 @@ class QuadCopies {
   int thread_, lines_;
   uint32_t exist_ = 0;  // bit k: whether there is quad k
   const char* from_[kCount];
+};
+
+// The same for one array after another, each by all threads, a thread's quads evenly spaced: so one
+// offset serves for all arrays.
+template <typename Tile>
+class EvenCopies {
+  static constexpr bool kChannelLast = Tile::kChannelLast;
+  static constexpr int kThreads = Tile::kThreadCount, kLines = Tile::kLineCount;
+  static constexpr int kOfQuad = 16 / Tile::kUnit;  // elements
+  static constexpr int kPairs = 16 / sizeof(typename Tile::Slot);
+  // Quads side by side in memory, and how many threads take them, one step or line each.
+  static constexpr int kOfRow = (kChannelLast ? kLines : kTile) / kOfQuad;
+  static constexpr int kAbreast = kChannelLast ? kThreads / kTile : kOfRow;
+  static constexpr int kRows = kThreads / kAbreast;  // at once
+  static constexpr int kCount =
+      kChannelLast ? (kOfRow + kAbreast - 1) / kAbreast : (kLines + kRows - 1) / kRows;
+  static_assert(Tile::kRegular && kThreads % kAbreast == 0);
+
+ public:
+  // From the tile that begins at t0 on.
+  __device__ EvenCopies(const Lines& lines, int64_t t0, int thread)
+      : row_(thread / kAbreast),
+        near_(thread % kAbreast * kOfQuad),
+        lines_(lines.count),
+        next_(kChannelLast ? kAbreast * 16u
+                           : static_cast<uint32_t>(kRows * lines.stride * Tile::kUnit)) {
+    const int offset = kChannelLast ? row_ : near_, line = kChannelLast ? near_ : row_;
+    at_ = (lines.start + (t0 + offset) * lines.step + line * lines.stride) * Tile::kUnit;
+  }
+  __device__ void Advance(int64_t stride) { at_ += stride; }
+  // The next tile of an array, all of whose steps are there.
+  __device__ void Send(const Array& from, typename Tile::Slot* slots, bool wanted = true) const {
+    const char* const data = static_cast<const char*>(from.data) + at_;
+    typename Tile::Slot* const to =
+        slots + (row_ * (kChannelLast ? kLines : kTile) + near_) / kOfQuad * kPairs;
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      const int near = near_ + k * kAbreast * kOfQuad,
+                line = kChannelLast ? near : row_ + k * kRows;
+      if (kChannelLast ? kOfRow % kAbreast && near >= kLines : kLines % kRows && line >= kLines)
+        continue;
+      CopyAsync<16>(to + k * (kChannelLast ? kAbreast : kThreads) * kPairs,
+                    data + k * static_cast<int64_t>(next_), wanted && line < lines_ ? 16 : 0);
+    }
+  }
+
+ private:
+  int row_, near_, lines_;
+  uint32_t next_;
+  int64_t at_;
 };
 
 // Walkers count the lanes of a warp with the first and the last bit of their number exchanged; its

@@ -184,13 +184,15 @@ ffi::ErrorOr<Forward> ParseForward(const Attributes& attributes, ffi::RemainingA
                                    ffi::RemainingRets rets) {
   Reader reader("jax_sscan forward", args, rets);
   Forward p{};
-  if (!reader.Count(kOperands, 4)) return ffi::Unexpected(reader.error());
+  if (!reader.Count(kOperands, 5)) return ffi::Unexpected(reader.error());
   Shapes shapes = ParseOperands(reader, attributes, p);
   if (!reader.failed()) {
     p.out = reader.Ret(0, "out", shapes.sequence,
                        {DataType::F32, DataType::BF16, DataType::F16, DataType::F64});
     p.last_state = reader.OptionalRet(1, "last_state", shapes.state, {p.state});
     p.states = reader.OptionalRet(2, "states", shapes.states, {p.state});
+    p.ungated = reader.OptionalRet(3, "ungated", shapes.sequence, {p.out.dtype});
+    if (p.ungated && !p.operands.z) reader.Fail("ungated is a result only where there is z");
     reader.Workspace(p);
   }
   if (reader.failed()) return ffi::Unexpected(reader.error());
@@ -201,16 +203,20 @@ ffi::ErrorOr<Backward> ParseBackward(const Attributes& attributes, ffi::Remainin
                                      ffi::RemainingRets rets) {
   Reader reader("jax_sscan backward", args, rets);
   Backward p{};
-  if (!reader.Count(kOperands + 3, kOperands)) return ffi::Unexpected(reader.error());
+  if (!reader.Count(kOperands + 4, kOperands)) return ffi::Unexpected(reader.error());
   Shapes shapes = ParseOperands(reader, attributes, p);
   if (!reader.failed()) {
     p.states = reader.Arg(kOperands, "states", shapes.states, {p.state});
-    p.out_cotangent = reader.Arg(kOperands + 1, "out_cotangent", shapes.sequence,
+    p.out_cotangent = reader.Arg(kOperands + 2, "out_cotangent", shapes.sequence,
                                  {DataType::F32, DataType::BF16, DataType::F16, DataType::F64});
-    if (!reader.Absent(kOperands + 2))
-      p.last_state_cotangent =
-          reader.Arg(kOperands + 2, "last_state_cotangent", shapes.state, {p.state});
     const Operands& o = p.operands;
+    if (o.z)
+      p.ungated = reader.Arg(kOperands + 1, "ungated", shapes.sequence, {p.out_cotangent.dtype});
+    else if (!reader.Absent(kOperands + 1))
+      reader.Fail("ungated is an operand only where there is z");
+    if (!reader.Absent(kOperands + 3))
+      p.last_state_cotangent =
+          reader.Arg(kOperands + 3, "last_state_cotangent", shapes.state, {p.state});
     auto like = [&](int index, const Array& operand, const Shape& shape) {
       return operand ? reader.Ret(index, kNames[index], shape, {operand.dtype}) : Array{};
     };

@@ -73,14 +73,15 @@ inline Problem MakeProblem(int64_t batch, int64_t dim, int64_t length, int64_t d
   return p;
 }
 
-// The states on entering each chunk but the first in processing order, (batch, num_chunks - 1,
-// dstate, dim), and the last state are absent where nobody asked for them.
+// Absent where nobody asked for them: the last state; and what backward needs, the states on
+// entering each chunk but the first in processing order, (batch, num_chunks - 1, dstate, dim), and,
+// where there is a gate, the output before it, y + D u, of the dtype of out.
 struct Forward : Problem {
-  Array out, last_state, states;
+  Array out, last_state, states, ungated;
 };
 
 struct Backward : Problem {
-  Array states, out_cotangent, last_state_cotangent;
+  Array states, ungated, out_cotangent, last_state_cotangent;
   Operands cotangents;  // results; of the same shapes and dtypes as the operands
 };
 

@@ -2,8 +2,8 @@
 
 Every implementation is a pair of functions on the canonical form of `jax_sscan.canonical`:
 
-* ``forward(operands, options, save_states) -> (out, last_state, states)``: last_state, (batch, dim, dstate), is None
-  unless the options want it, and so are the states of `Residuals` unless they are to be saved;
+* ``forward(operands, options, saved) -> (out, last_state, states, ungated)``: last_state, (batch, dim, dstate), is None
+  unless the options want it, and so are states and ungated, those of `Residuals`, unless ``saved`` does, a `Saved`;
 * ``backward(residuals, out_cotangent, last_state_cotangent, options) -> Operands`` of cotangents, None for absent
   operands and for segment_ids; last_state_cotangent is None where the forward pass gave no last state.
 """
@@ -17,7 +17,7 @@ import jax
 
 from jax_sscan import canonical
 from jax_sscan.backends import batching, native, partitioning, xla
-from jax_sscan.canonical import Operands, Options, Residuals, Sizes
+from jax_sscan.canonical import Operands, Options, Residuals, Saved, Sizes
 
 NAMES = ("cuda", "cpu", "xla")
 _GPU_PLATFORMS = ("cuda", "rocm", "gpu")
@@ -95,15 +95,19 @@ def chunk_length(implementation: str | None, size: Sizes) -> int:
 
 
 def forward(
-    operands: Operands, options: Options, save_states: bool, implementation: str | None
-) -> tuple[jax.Array, jax.Array | None, Any]:
-    """Runs the forward pass of ``implementation``, or of the best one for the platform it is lowered for."""
+    operands: Operands, options: Options, for_backward: bool, implementation: str | None
+) -> tuple[jax.Array, jax.Array | None, Any, Any]:
+    """Runs the forward pass of ``implementation``, or of the best one for the platform it is lowered for.
+
+    ``for_backward`` says whether what `Residuals` keep is wanted; where there is none of it, it is None.
+    """
     # Nothing passes between chunks where there is one. XLA for GPUs crashes on an empty array that leaves a
     # `jax.shard_map`, so that there is none rather than one of no elements.
-    save_states = save_states and canonical.sizes(operands, options.layout).length > options.chunk
+    has_states = canonical.sizes(operands, options.layout).length > options.chunk
+    saved = Saved(for_backward and has_states, for_backward and operands.z is not None)
     axes = canonical.axes(operands, options.layout)
-    result_axes = canonical.result_axes(axes, options, save_states)
-    keywords: dict[str, Any] = {"options": options, "save_states": save_states}
+    result_axes = canonical.result_axes(axes, options, saved)
+    keywords: dict[str, Any] = {"options": options, "saved": saved}
     kernels = _kernels(native.forward, xla.forward, operands, options, implementation, keywords)
     return _run(kernels, implementation, (operands,), (axes,), result_axes)
 

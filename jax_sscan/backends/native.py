@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_sscan.canonical import Operands, Options, Residuals, Sizes, is_varying, sizes, states_of
+from jax_sscan.canonical import Operands, Options, Residuals, Saved, Sizes, is_varying, sizes, states_of
 
 # Steps between two saved states, as many as the registers of the CUDA kernels hold the history of (kTile in
 # csrc/cuda/plan.h). A float32 state every 16 steps takes 4 bytes per element of u at dstate 16.
@@ -112,14 +112,14 @@ def _workspaces(
 
 
 def forward(
-    operands: Operands, options: Options, save_states: bool, platform: str, instances: int
-) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    operands: Operands, options: Options, saved: Saved, platform: str, instances: int
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None, jax.Array | None]:
     """Calls the native forward kernel; see `jax_sscan.backends` for the contract.
 
     Args:
         operands: canonical operands; with several instances the weights have instances * dim rows.
         options: the static flags.
-        save_states: whether to save the states for a backward pass.
+        saved: what to save for a backward pass.
         platform: whose kernel: "cpu" or "cuda".
         instances: equal parts of the batch that have weights of their own.
     """
@@ -127,17 +127,19 @@ def forward(
     dtype, chunks = operands.A.dtype, -(-size.length // options.chunk)
     state = jax.ShapeDtypeStruct((size.batch, size.dim, size.dstate), dtype)
     states = jax.ShapeDtypeStruct((size.batch, chunks - 1, size.dstate, size.dim), dtype)
+    sequence = jax.ShapeDtypeStruct(operands.u.shape, options.out_dtype)
     shapes = (
-        jax.ShapeDtypeStruct(operands.u.shape, options.out_dtype),
+        sequence,
         state if options.last_state else _ABSENT,
-        states if save_states else _ABSENT,
+        states if saved.states else _ABSENT,
+        sequence if saved.ungated else _ABSENT,
     )
     workspace, _ = _workspaces(operands, options, False, platform, instances)
     call = jax.ffi.ffi_call("jax_sscan_forward", (*shapes, workspace))
     *results, _ = call(*_call_operands(*operands), **_attributes(operands, options, instances))
-    out, last_state, saved = _present(results, shapes)
+    out, last_state, saved_states, ungated = _present(results, shapes)
     assert out is not None
-    return out, last_state, saved
+    return out, last_state, saved_states, ungated
 
 
 def backward(
@@ -155,6 +157,6 @@ def backward(
     shapes = [_ABSENT if x is None else jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands[:-1]]
     call = jax.ffi.ffi_call("jax_sscan_backward", (*shapes, workspace))
     states = states_of(residuals, options.layout)
-    arrays = _call_operands(*operands, states, out_cotangent, last_state_cotangent)
+    arrays = _call_operands(*operands, states, residuals.ungated, out_cotangent, last_state_cotangent)
     *cotangents, _ = call(*arrays, **_attributes(operands, options, instances))
     return Operands(*_present(cotangents, shapes))

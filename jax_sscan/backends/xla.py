@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_sscan.canonical import Operands, Options, Residuals, Sizes, is_varying, sizes, states_of
+from jax_sscan.canonical import Operands, Options, Residuals, Saved, Sizes, is_varying, sizes, states_of
 
 # Measured on a CPU, where this implementation matters most: 32 steps are as fast as any and need the least memory.
 _CHUNK = 32
@@ -55,8 +55,8 @@ class _Masks(NamedTuple):
 
 
 def forward(
-    operands: Operands, options: Options, save_states: bool
-) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    operands: Operands, options: Options, saved: Saved
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None, jax.Array | None]:
     """Runs the scan; see `jax_sscan.backends` for the contract."""
     size = sizes(operands, options.layout)
     weights, state, inputs = _split(operands, options, size)
@@ -64,18 +64,21 @@ def forward(
     chunk = jax.checkpoint(partial(_chunk, options), prevent_cse=False)
 
     def step(state: jax.Array, xs: tuple[_Inputs, _Masks]) -> tuple[jax.Array, Any]:
-        next_state, out = chunk(weights, state, *xs)
-        return next_state, (out, state if save_states else None)
+        next_state, out, ungated = chunk(weights, state, *xs)
+        return next_state, (out, state if saved.states else None, ungated if saved.ungated else None)
 
     xs = inputs, _masks(operands.segment_ids, options, size)
-    last_state, (out, states) = lax.scan(step, state, xs, reverse=options.reverse)
-    out = out.reshape(-1, size.batch, size.dim)[: size.length]
-    axes = (1, 0, 2) if options.layout == "bld" else (1, 2, 0)
-    if save_states:
+    last_state, (out, states, ungated) = lax.scan(step, state, xs, reverse=options.reverse)
+    if saved.states:
         states = states[:-1] if options.reverse else states[1:]
         states = jnp.moveaxis(states, (0, 3), (1, 2))
         states = states.reshape(size.batch, states.shape[1], size.dstate, size.dim)
-    return out.transpose(axes), _merge_state(last_state, size) if options.last_state else None, states
+    return (
+        _merge_sequence(out, options, size),
+        _merge_state(last_state, size) if options.last_state else None,
+        states,
+        _merge_sequence(ungated, options, size) if saved.ungated else None,
+    )
 
 
 def backward(
@@ -86,7 +89,8 @@ def backward(
 ) -> Operands:
     """Runs the backward pass; see `jax_sscan.backends` for the contract.
 
-    Walks the chunks against the processing order, recomputing each from its saved entry state.
+    Walks the chunks against the processing order, recomputing each from its saved entry state, whole: it has no use for
+    the output before the gate.
     """
     operands, states = residuals.operands, states_of(residuals, options.layout)
     size = sizes(operands, options.layout)
@@ -101,7 +105,7 @@ def backward(
         inputs, masks, state, out_cotangent = xs
 
         def chunk(weights: _Weights, state: jax.Array, inputs: _Inputs) -> tuple[jax.Array, jax.Array]:
-            return _chunk(options, weights, state, inputs, masks)
+            return _chunk(options, weights, state, inputs, masks)[:2]
 
         _, vjp = jax.vjp(chunk, weights, state, inputs)
         d_weights, state_cotangent, d_inputs = vjp((state_cotangent, out_cotangent))
@@ -127,8 +131,8 @@ def backward(
 
 def _chunk(
     options: Options, weights: _Weights, state: jax.Array, inputs: _Inputs, masks: _Masks
-) -> tuple[jax.Array, jax.Array]:
-    """One chunk: from its entry state and inputs to its exit state and outputs."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One chunk: from its entry state and inputs to its exit state, its outputs and those before the gate."""
     A = weights.A
     real = jnp.finfo(A.dtype).dtype
     u, delta, B, C, z = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, real)), inputs)
@@ -144,10 +148,9 @@ def _chunk(
         y = 2 * y.real
     if weights.D is not None:
         y = y + weights.D * u
-    if z is not None:
-        y = y * (z * jax.nn.sigmoid(z))
+    out = y if z is None else y * (z * jax.nn.sigmoid(z))
     last_state = states[0 if options.reverse else -1]
-    return last_state, y.astype(options.out_dtype)
+    return last_state, out.astype(options.out_dtype), y.astype(options.out_dtype)
 
 
 def softplus(x: jax.Array) -> jax.Array:
@@ -259,6 +262,11 @@ def _split(operands: Operands, options: Options, size: Sizes) -> tuple[_Weights,
 def _split_sequence(x: jax.Array, options: Options, size: Sizes) -> jax.Array:
     x = x.transpose((1, 0, 2) if options.layout == "bld" else (2, 0, 1))
     return _split_time(x.reshape(size.length, size.batch, size.groups, 1, -1), options.chunk)
+
+
+def _merge_sequence(x: jax.Array, options: Options, size: Sizes) -> jax.Array:
+    x = x.reshape(-1, size.batch, size.dim)[: size.length]
+    return x.transpose((1, 0, 2) if options.layout == "bld" else (1, 2, 0))
 
 
 def _split_time(x: jax.Array, chunk: int) -> jax.Array:

@@ -89,6 +89,7 @@ class Call {
     forward_.out = New(sequence, 0);
     const int64_t states = batch * (p.num_chunks() - 1) * dstate * dim;
     forward_.states = backward_.states = New(states, 0);
+    forward_.ungated = backward_.ungated = New(sequence, 0);
     if (has_states) forward_.last_state = New(batch * dim * dstate, 0);
     if (has_states) backward_.last_state_cotangent = New(batch * dim * dstate, 1);
     backward_.out_cotangent = New(sequence, 1);

@@ -109,6 +109,7 @@ void Run(const Config& c) {
   forward.out = arrays.Make(sequence, c.u);
   forward.states = arrays.Make(state * ((p.length - 1) / gpu::kTile), c.state);
   if (!forward.states.data) forward.states = arrays.Bytes(1), forward.states.dtype = c.state;
+  if (o.z) forward.ungated = arrays.Make(sequence, c.u);
   if (c.optional) forward.last_state = arrays.Make(state, c.state);
   forward.workspace_bytes = gpu::ForwardWorkspace::Enough(p);
   forward.workspace = arrays.Bytes(forward.workspace_bytes);
@@ -116,7 +117,7 @@ void Run(const Config& c) {
 
   Backward backward{};
   static_cast<Problem&>(backward) = p;
-  backward.states = forward.states;
+  backward.states = forward.states, backward.ungated = forward.ungated;
   backward.out_cotangent = arrays.Make(sequence, c.u);
   if (c.optional) backward.last_state_cotangent = arrays.Make(state, c.state);
   Operands& ct = backward.cotangents;
