@@ -564,8 +564,6 @@ __global__ void __launch_bounds__(
         const Rows rows = rows_of(tile), next = rows_of(last_group ? tile - 1 : tile);
         const int64_t staged = finished - sequences.Stride();
         WaitForCopies();
-        // Also where each takes what it sent for itself: they meet as often as walkers do, for it
-        // is by counting that racecheck tells what was before and what after.
         Meet<kStagers, 3>();
         // Taken into registers before the next ones are sent to the same place.
         ProjectionPair raw_projections[kProjectionPairs];
@@ -652,6 +650,9 @@ __global__ void __launch_bounds__(
   }
 
   __syncthreads();
+  // Stagers meet once before the first tile is staged, and then as often as walkers do. Those do it
+  // here for racecheck alone, which tells by counting what was before and what after.
+  if (kStagers) Meet<kWalkers, 2>();
   const int walker = LanePlace(thread), lane = walker % kLanes;
   // Lanes that differ in their channels, and how many of those bits serve to swap states.
   constexpr int kAcross = kWarp / kLanes;
