@@ -642,6 +642,7 @@ __global__ void __launch_bounds__(
       int parity = 0;
       for (int tile = last_tile - 1; tile >= first_tile; --tile, parity ^= 1)
         take_turns(tile, parity);
+      Meet<kStagers, 3>();
       Meet<kWalkers + kStagers>();
       finish_pairs(rows_of(first_tile), parity ^ 1);
       finish_vectors();
@@ -650,8 +651,8 @@ __global__ void __launch_bounds__(
   }
 
   __syncthreads();
-  // Stagers meet once before the first tile is staged, and then as often as walkers do. Those do it
-  // here for racecheck alone, which tells by counting what was before and what after.
+  // For racecheck alone, which tells by counting what was before and what after: stagers meet by
+  // themselves before they stage a tile, and before the last of all meetings, and walkers as often.
   if (kStagers) Meet<kWalkers, 2>();
   const int walker = LanePlace(thread), lane = walker % kLanes;
   // Lanes that differ in their channels, and how many of those bits serve to swap states.
