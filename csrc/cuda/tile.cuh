@@ -303,7 +303,7 @@ class Tile {
     return {static_cast<char*>(array.data) + at * size, array.dtype};
   }
 
-  // Loads into slots of shared memory, (kCount, kThreads), of which a thread reads its own back by
+  // Loads into slots of shared memory, kCount * kThreads, of which a thread reads its own back by
   // Take, after WaitForCopies. It spares the registers, and the compiler's guesses of when what is
   // loaded will be there: it uses registers as early as it can. at: as At gives for those rows and
   // lines.
@@ -544,7 +544,7 @@ class QuadCopies {
 };
 
 // The same for one array after another, each by all threads, a thread's quads evenly spaced: so one
-// offset serves for all arrays.
+// offset serves for all arrays. For whole tiles, where 16 bytes may be copied at once.
 template <typename Tile>
 class EvenCopies {
   static constexpr bool kChannelLast = Tile::kChannelLast;
